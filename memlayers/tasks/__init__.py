@@ -1,0 +1,55 @@
+"""Generated tasks: token-level items made by the model's own tokenizer, for training and for evaluation.
+
+    task = make_task(PasskeyConfig(digits=5), tokenizer, split="train")
+    sample = task.sample(rng_for("train", seed=0, index=7), length=512, depth=0.5)
+
+`length` counts context, question and answer, as in RULER. Training and evaluation share nothing: other random
+streams (`rng_for`), other keys (`kinds.split_of`), and other parts of a prose file (`filler.ProseFiller`).
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field
+
+from memlayers.tasks.haystack import Question, Sample, rng_for
+from memlayers.tasks.kinds import Split
+from memlayers.tasks.needle import NeedleConfig, NeedleTask
+from memlayers.tasks.passkey import PasskeyConfig, PasskeyTask
+
+TASKS = {"passkey": PasskeyTask, "needle": NeedleTask}
+
+TaskConfig = Annotated[PasskeyConfig | NeedleConfig, Field(discriminator="type")]
+
+
+Task = PasskeyTask | NeedleTask
+
+
+Task = PasskeyTask | NeedleTask
+
+
+def make_task(config: PasskeyConfig | NeedleConfig, tokenizer, split: Split = "train") -> Task:
+    """The generator for `config` and `tokenizer`.
+
+    Raises `ValueError` when the tokenizer cannot spell the needles, `FileNotFoundError` for a missing prose
+    file.
+    """
+    return TASKS[config.type](config, tokenizer, split)
+
+
+__all__ = [
+    "TASKS",
+    "NeedleConfig",
+    "NeedleTask",
+    "PasskeyConfig",
+    "PasskeyTask",
+    "Question",
+    "Sample",
+    "Split",
+    "Task",
+    "Task",
+    "TaskConfig",
+    "make_task",
+    "rng_for",
+]

@@ -1,0 +1,104 @@
+"""YAML files as strict configs, with overrides from the command line: shared by training and evaluation."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+from memlayers.config import ConfigError, validate
+
+Model = TypeVar("Model")
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML as people mean it: `2e-3` is a number (YAML 1.1 reads a string), and a key given twice is an error."""
+
+    def construct_mapping(self, node, deep=False):
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key!r} is given twice", key_node.start_mark
+                )
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d[\d_]*(\.[\d_]*)?|\.\d[\d_]*)[eE][-+]?\d+$"),
+    list("-+.0123456789"),
+)
+
+
+def load_yaml(path: str | Path, overrides: Sequence[str], model: type[Model]) -> Model:
+    """Reads a YAML file, applies overrides such as `optimizer.lr=2e-3`, and checks the result against `model`.
+
+    path: the file. overrides: "key.sub=value", later ones win; the value is read as YAML; a number as a key
+    counts into a list. model: a `memlayers.config.Strict` class.
+    Raises `FileNotFoundError`, or `ConfigError` whose message starts with the path of the field.
+    """
+    data = read_yaml(path)
+    for override in overrides:
+        apply_override(data, override)
+    return validate(model, data)
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """The mapping a YAML file holds. Raises `FileNotFoundError`, `ConfigError` for anything but a mapping."""
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no config file {str(path)!r}.")
+    data = parse_yaml(path.read_text(encoding="utf-8"), str(path))
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path}: a config file holds `key: value` lines, this one holds {data!r:.80}.")
+    return data
+
+
+def apply_override(data: dict[str, Any], override: str) -> None:
+    """Sets one "key.sub=value" in `data`, in place; mappings on the way are made where they are missing.
+
+    Raises `ConfigError` when there is no "=", or when the path runs through a value that is no mapping or
+    list.
+    """
+    path, equals, value = override.partition("=")
+    keys = path.strip().split(".")
+    if not equals or not all(keys):
+        raise ConfigError(f"{override}: an override is written key.sub=value, for example optimizer.lr=2e-3.")
+    here: Any = data
+    for depth, key in enumerate(keys):
+        where = ".".join(keys[: depth + 1])
+        if isinstance(here, list):
+            if not key.isdigit() or int(key) >= len(here):
+                raise ConfigError(f"{where}: {key!r} is no place in a list of {len(here)} (counted from 0).")
+            key = int(key)
+        elif not isinstance(here, dict):
+            raise ConfigError(f"{where}: {'.'.join(keys[:depth])} is {here!r}, which has no fields to set.")
+        if depth == len(keys) - 1:
+            here[key] = parse_yaml(value, path)
+        elif isinstance(here, dict) and here.get(key) is None:
+            here = here.setdefault(key, {}) if key not in here else _replace(here, key)
+        else:
+            here = here[key]
+
+
+def _replace(mapping: dict[str, Any], key: str) -> dict[str, Any]:
+    mapping[key] = {}
+    return mapping[key]
+
+
+def parse_yaml(text: str, where: str) -> Any:
+    """Any YAML value. Raises `ConfigError` that starts with `where` and gives the line."""
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f" (line {mark.line + 1}, column {mark.column + 1})" if mark else ""
+        raise ConfigError(
+            f"{where}: not valid YAML{place}: {getattr(error, 'problem', None) or error}."
+        ) from error
