@@ -48,7 +48,6 @@ __all__ = [
     "Sample",
     "Split",
     "Task",
-    "Task",
     "TaskConfig",
     "make_task",
     "rng_for",
