@@ -15,7 +15,7 @@ Model = TypeVar("Model")
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML as people mean it: `2e-3` is a number (YAML 1.1 reads a string), and a key given twice is an error."""
+    """YAML as people mean it: `2e-3` is a number (not a string), and a key given twice is an error."""
 
     def construct_mapping(self, node, deep=False):
         seen = set()
@@ -37,7 +37,7 @@ _Loader.add_implicit_resolver(
 
 
 def load_yaml(path: str | Path, overrides: Sequence[str], model: type[Model]) -> Model:
-    """Reads a YAML file, applies overrides such as `optimizer.lr=2e-3`, and checks the result against `model`.
+    """Reads a YAML file, applies overrides such as `optimizer.lr=2e-3`, and checks the result.
 
     path: the file. overrides: "key.sub=value", later ones win; the value is read as YAML; a number as a key
     counts into a list. model: a `memlayers.config.Strict` class.

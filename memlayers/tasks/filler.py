@@ -54,7 +54,7 @@ class ProseFiller:
         self.sentences = [ids for ids in encoded if ids and speller.knows(ids)]
         if not self.sentences:
             raise ValueError(
-                f"prose_file: {str(path)!r} has no sentence to use for {split!r} ({len(sentences)} sentences in all, "
+                f"prose_file: {str(path)!r} has no sentence to use for {split!r} ({len(sentences)} in all, "
                 f"{len(part)} in this part without digits or keys). Give a longer text, or use filler: noise."
             )
 
@@ -69,7 +69,7 @@ class ProseFiller:
 
 
 def split_sentences(text: str) -> list[str]:
-    """Splits prose into sentences: line breaks become spaces, blank lines and . ! ? (with closing quotes) end one."""
+    """Splits prose into sentences. Blank lines and . ! ? (with a closing quote) end one."""
     sentences = []
     for paragraph in re.split(r"\n\s*\n", text):
         flat = " ".join(paragraph.split())

@@ -45,7 +45,7 @@ class Filler(Protocol):
 
 
 def rng_for(split: str, seed: int, index: int) -> random.Random:
-    """The random stream of item `index` of `split` ("train" or "eval"). Streams of the two splits never coincide."""
+    """The random stream of item `index` of `split` ("train" or "eval"). The splits share no stream."""
     if split not in ("train", "eval"):
         raise ValueError(f"split must be 'train' or 'eval', not {split!r}.")
     return random.Random(f"memlayers:{split}:{seed}:{index}")
@@ -60,12 +60,12 @@ def hide(
     start: list[int],
     avoid_tail: int = 0,
 ) -> tuple[list[int], list[float]]:
-    """Hides `needles` in a context of exactly `n_tokens` tokens and returns it with the depth each needle got.
+    """Hides `needles` in a context of exactly `n_tokens` tokens; returns it with the depth each one got.
 
     needles: token ids, each placed at the sentence end nearest to its depth (0 … 1 of the filler). start: the
     ids the context starts with (BOS or nothing). avoid_tail: no needle reaches into the last `avoid_tail`
     tokens. The head of the filler is cut off to make the length exact. Needles that fall on the same sentence
-    end stand in the order given. Raises `ValueError` when the needles do not fit.
+    end stand in the order of their depths. Raises `ValueError` when the needles do not fit.
     """
     room = n_tokens - len(start) - sum(map(len, needles))
     if room < (avoid_tail if needles else 0):
@@ -75,15 +75,13 @@ def hide(
     for sentence in sentences:
         ends.append(ends[-1] + len(sentence))
     allowed = ends[: bisect.bisect_right(ends, room - avoid_tail)] if needles else ends
-    placed = sorted(
-        (_nearest(allowed, depth * room), index) for index, depth in enumerate(depths[: len(needles)])
-    )
+    placed = sorted((_nearest(allowed, depth * room), depth, index) for index, depth in enumerate(depths))
     context, got, at = list(start), [0.0] * len(needles), 0
     for position, end in enumerate(ends):
         if position:
             context += sentences[position - 1]
         while at < len(placed) and placed[at][0] == end:
-            index = placed[at][1]
+            index = placed[at][2]
             got[index] = (len(context) - len(start)) / max(1, n_tokens - len(start) - len(needles[index]))
             context += needles[index]
             at += 1

@@ -94,7 +94,7 @@ class NeedleTask:
         needle: bool = True,
         avoid_tail: int | None = None,
     ) -> Sample:
-        """One haystack of exactly `length` tokens, with the longest question and its answer, and its questions.
+        """One haystack of exactly `length` tokens, longest question and its answer included.
 
         depth: of the first needle the first question asks for (0 = start, 1 = end); all other needles stand
         at random depths. needle: False leaves out the needles that are asked for and keeps the others and the
@@ -152,7 +152,7 @@ class NeedleTask:
 
 
 class _Distracted:
-    """Filler made of needles about other keys, none of which is in the haystack twice (RULER multikey_2 and _3)."""
+    """Filler made of needles about other keys, each key once (RULER multikey_2 and multikey_3)."""
 
     def __init__(self, task: NeedleTask, taken: set[str]) -> None:
         self.config, self.speller, self.filler = task.config, task.speller, self

@@ -82,7 +82,7 @@ class PasskeyTask:
         needles = [self.speller.ids(config.needle.format(key=key))] if needle else []
         n_context = length - len(question.ids) - len(answer)
         tail = config.avoid_tail if avoid_tail is None else avoid_tail
-        context, got = hide_or_explain(rng, self, needles, [depth], n_context, tail, length)
+        context, got = hide_or_explain(rng, self, needles, [depth][: len(needles)], n_context, tail, length)
         return Sample(context, [question], got or [depth], group, length)
 
 

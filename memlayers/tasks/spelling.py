@@ -50,7 +50,7 @@ class Speller:
         return self.tokenizer.unk_token_id is None or self.tokenizer.unk_token_id not in ids
 
     def check(self, piece: str, exact: bool = False) -> None:
-        """Raises `ValueError` if the tokenizer cannot spell `piece`: unknown tokens, or characters lost in decoding.
+        """Raises `ValueError` if the tokenizer cannot spell `piece`: unknown tokens, or characters lost.
 
         `exact` also wants the spaces inside the piece back (an answer must be readable from the generated
         ids).
