@@ -1,0 +1,50 @@
+"""The kinds of memory: one line each. A new kind is one folder and one line here."""
+
+from __future__ import annotations
+
+import difflib
+from typing import Annotated, Any
+
+import pydantic
+
+from .config import ConfigError, MemoryConfig, validate
+from .memory import Memory
+from .tokens import MemoryTokens, MemoryTokensConfig
+
+KINDS: dict[str, tuple[type[MemoryConfig], type[Memory]]] = {
+    "tokens": (MemoryTokensConfig, MemoryTokens),
+}
+
+
+def parse_memory_config(data: Any, where: str = "") -> MemoryConfig:
+    """The config that a YAML or JSON block describes, chosen by its `type`.
+
+    Raises:
+        ConfigError: unknown or missing `type`, unknown field, wrong value; names the field's full path.
+    """
+    if isinstance(data, MemoryConfig):
+        return data
+    kind = data.get("type") if isinstance(data, dict) else None
+    if kind not in KINDS:
+        near = difflib.get_close_matches(str(kind), KINDS, n=1)
+        hint = f", did you mean {near[0]!r}?" if near else ""
+        path = f"{where}.type" if where else "type"
+        raise ConfigError(f"{path}: {kind!r} is not a kind of memory; known: {', '.join(KINDS)}{hint}")
+    return validate(KINDS[kind][0], data, where)
+
+
+AnyMemoryConfig = Annotated[
+    pydantic.SerializeAsAny[MemoryConfig], pydantic.PlainValidator(lambda data: parse_memory_config(data))
+]
+"""A field of a larger config that holds any kind of memory."""
+
+
+def module_class(config: MemoryConfig) -> type[Memory]:
+    """The `nn.Module` class that a config describes.
+
+    Raises:
+        TypeError: `config` is no memory config.
+    """
+    if not isinstance(config, MemoryConfig):
+        raise TypeError(f"expected a memory config such as MemoryTokensConfig, got {type(config).__name__}")
+    return KINDS[config.type][1]

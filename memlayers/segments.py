@@ -1,0 +1,287 @@
+"""The segment loop: how a decoder reads an input longer than its window.
+
+A row's tokens, counted from its first real one, are cut into segments of `segment_length`. Each segment
+runs on its own as [read tokens ; segment ; write tokens], with positions from 0 and no keys or values from
+the segment before; memory is all that passes on. The last segment stays open: its tokens are *pending* in
+the state, the next call continues them, and they are written when the segment is full and another token
+comes, or when the call closes it. So a text may be split over calls anywhere and gives the same result.
+
+Rows of different length are lined up at the end, so that all open segments run together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from transformers.cache_utils import DynamicCache
+from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
+
+from .memory import Fields, Memory
+from .state import PENDING, MemoryCache, MemoryState
+
+
+@dataclass
+class Request:
+    """What one forward call asks of the segment loop.
+
+    Attributes:
+        memories: the enabled memories that read in segments, all of one `segment_length`.
+        write: write full segments; False while decoding.
+        close: also write the open segment at the end of the call.
+        keep_window: keep keys and values of the open segment for the next call.
+        max_positions: positions the model has, or None if it names no limit.
+    """
+
+    memories: Mapping[str, Memory]
+    write: bool = True
+    close: bool = False
+    keep_window: bool = False
+    max_positions: int | None = None
+
+    @property
+    def segment_length(self) -> int:
+        return next(iter(self.memories.values())).segment_length
+
+
+def fresh_state(memories: Mapping[str, Memory], embeds: torch.Tensor) -> MemoryState:
+    """The state before anything was read, for the rows, width, dtype and device of `embeds`."""
+    rows, _, width = embeds.shape
+    pending = {
+        "embeds": embeds.new_zeros(rows, 0, width),
+        "length": torch.zeros(rows, dtype=torch.int64, device=embeds.device),
+    }
+    return MemoryState({**{name: m.new_state(rows) for name, m in memories.items()}, PENDING: pending})
+
+
+def read(
+    forward: Callable[..., BaseModelOutputWithPastAndCrossAttentions],
+    embeds: torch.Tensor,
+    mask: torch.Tensor,
+    cache: MemoryCache,
+    request: Request,
+    **kwargs,
+) -> BaseModelOutputWithPastAndCrossAttentions:
+    """Run `embeds` through the decoder in segments and leave the new state on `cache`.
+
+    Args:
+        forward: the decoder's own forward.
+        embeds: input embeddings, (batch, tokens, hidden_size).
+        mask: (batch, tokens) bool, False at padding, wherever it stands.
+        cache: carries the state and the open window in and out.
+        request: what to write and keep.
+
+    Returns:
+        The decoder's output with hidden states at the places of `embeds`, zero at padding.
+    """
+    state = cache.memory_state or fresh_state(request.memories, embeds)
+    pending = state[PENDING]
+    fits = bool((pending["length"] + mask.sum(1)).max() <= request.segment_length)
+    if cache.window is not None and not request.close and (fits or not request.write):
+        output = _continue_window(forward, embeds, mask, cache, request, **kwargs)
+        pending = _append(pending, embeds, mask)
+        cache.memory_state = MemoryState({**state.fields, PENDING: pending})
+    else:
+        output = _run_segments(forward, embeds, mask, state, cache, request, **kwargs)
+    cache.seen += embeds.shape[1]
+    return output
+
+
+def _continue_window(forward, embeds, mask, cache: MemoryCache, request: Request, **kwargs):
+    """The new tokens still belong to the open segment, whose keys and values are there."""
+    cache.window_mask = torch.cat([cache.window_mask, mask], dim=1)
+    _check_positions(cache.window_mask.shape[1], request)
+    positions = _positions(cache.window_mask)[:, -embeds.shape[1] :]
+    output = forward(
+        inputs_embeds=embeds,
+        attention_mask=_or_none(cache.window_mask),
+        position_ids=positions,
+        past_key_values=cache.window,
+        use_cache=True,
+        **kwargs,
+    )
+    return _output(output.last_hidden_state, cache, output.hidden_states)
+
+
+def _run_segments(forward, embeds, mask, state: MemoryState, cache: MemoryCache, request: Request, **kwargs):
+    pending = state[PENDING]
+    source = torch.cat([pending["embeds"].to(embeds.dtype), embeds], dim=1)
+    source_mask = torch.cat([_used(pending), mask], dim=1)
+    size = request.segment_length if request.write or request.close else source.shape[1]
+    plan = _Plan.of(source_mask, size)
+    tokens, filled = plan.arrange(source, source_mask)
+
+    fields = {name: state[name] for name in request.memories}
+    hidden: list[tuple[torch.Tensor, ...]] = []
+    cache.window = cache.window_mask = None
+    for index in range(plan.n_segments):
+        here = slice(index * size, (index + 1) * size)
+        last = index == plan.n_segments - 1
+        keep = last and request.keep_window and not request.close
+        writes = request.close or not last
+        window = DynamicCache() if keep else None
+        outputs, fields, aligned = _one_segment(
+            forward, tokens[:, here], filled[:, here], fields, request, writes, window, **kwargs
+        )
+        if keep:
+            cache.window, cache.window_mask = window, aligned
+        if not last:
+            fields = _truncate(fields, request.memories, plan.n_segments - 1 - index)
+        hidden.append(outputs)
+
+    if request.close:
+        pending = {"embeds": embeds[:, :0], "length": torch.zeros_like(pending["length"])}
+    else:
+        pending = {"embeds": tokens[:, (plan.n_segments - 1) * size :], "length": plan.last_length}
+    cache.memory_state = MemoryState({**state.fields, **fields, PENDING: pending})
+    layers = [plan.restore(torch.cat(parts, dim=1), embeds.shape[1]) for parts in zip(*hidden, strict=True)]
+    return _output(layers[0], cache if request.keep_window else None, tuple(layers[1:]) or None)
+
+
+def _one_segment(forward, segment, segment_mask, fields, request: Request, writes: bool, window, **kwargs):
+    """[read ; segment ; write] through the decoder.
+
+    Returns:
+        hidden states of the segment (the last layer's, then all layers' if asked for), the memories' new
+        fields, and the mask of the sequence as it ran.
+    """
+    memories, dtype = request.memories, segment.dtype
+    reads = [memory.read(fields[name]) for name, memory in memories.items()]
+    writers = [memory.write_inputs(fields[name]) for name, memory in memories.items()] if writes else []
+    sequence = torch.cat(
+        [*(tokens.to(dtype) for tokens, _ in reads), segment, *(w.to(dtype) for w in writers)], 1
+    )
+    always = segment_mask.new_ones(len(segment), 1)
+    mask = torch.cat(
+        [*(used for _, used in reads), segment_mask, *(always.expand(-1, w.shape[1]) for w in writers)], 1
+    )
+    _check_positions(sequence.shape[1], request)
+
+    inverse = None
+    if not mask.all():
+        order = mask.int().argsort(dim=1, stable=True)
+        inverse = order.argsort(dim=1)
+        sequence, mask = _take(sequence, order), mask.gather(1, order)
+    deep = any(memory.write_layer is not None for memory in memories.values()) and writes
+    kwargs["output_hidden_states"] = asked = kwargs.get("output_hidden_states") or False
+    kwargs["output_hidden_states"] = asked or deep
+    output = forward(
+        inputs_embeds=sequence,
+        attention_mask=_or_none(mask),
+        position_ids=_positions(mask),
+        past_key_values=window,
+        use_cache=window is not None,
+        **kwargs,
+    )
+    layers = [output.last_hidden_state, *(output.hidden_states or ())]
+    if inverse is not None:
+        layers = [_take(layer, inverse) for layer in layers]
+
+    start = sum(tokens.shape[1] for tokens, _ in reads)
+    stop = start + segment.shape[1]
+    active, new_fields = segment_mask.any(1), dict(fields)
+    for (name, memory), writer in zip(memories.items(), writers, strict=False):
+        source = layers[0] if memory.write_layer is None else layers[memory.write_layer + 2]
+        written, stop_of = source[:, stop : stop + writer.shape[1]], stop + writer.shape[1]
+        new_fields[name] = memory.update(fields[name], written, active)
+        stop = stop_of
+    shown = layers if asked else layers[:1]
+    return tuple(layer[:, start : start + segment.shape[1]] for layer in shown), new_fields, mask
+
+
+@dataclass
+class _Plan:
+    """Where each token of a batch runs: `n_segments` columns blocks, the last one right-aligned.
+
+    Attributes:
+        n_segments: of the longest row; shorter rows start later.
+        columns: (batch, tokens) column of each token; padding goes to one column past the end.
+        width: columns in all.
+        last_length: (batch,) tokens in each row's last segment.
+    """
+
+    n_segments: int
+    columns: torch.Tensor
+    width: int
+    last_length: torch.Tensor
+
+    @classmethod
+    def of(cls, mask: torch.Tensor, size: int) -> _Plan:
+        length = mask.sum(1)
+        full = (length - 1).clamp(min=0) // size
+        last_length = length - full * size
+        n_full, last_width = int(full.max()), int(last_length.max())
+        packed = mask.cumsum(1) - 1
+        in_full = packed < (full * size)[:, None]
+        early = packed + ((n_full - full) * size)[:, None]
+        late = packed + (n_full * size + last_width - length)[:, None]
+        width = n_full * size + last_width
+        columns = torch.where(mask, torch.where(in_full, early, late), width)
+        return cls(n_full + 1, columns, width, last_length)
+
+    def arrange(self, source: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Tokens in their columns (batch, width, hidden_size), zero where none stands, and where some do."""
+        rows, _, hidden_size = source.shape
+        index = self.columns[..., None].expand(-1, -1, hidden_size)
+        tokens = source.new_zeros(rows, self.width + 1, hidden_size).scatter(1, index, source)
+        filled = mask.new_zeros(rows, self.width + 1).scatter(1, self.columns, mask)
+        return tokens[:, :-1], filled[:, :-1]
+
+    def restore(self, hidden: torch.Tensor, n_tokens: int) -> torch.Tensor:
+        """Hidden states of the last `n_tokens` tokens in their places, zero at padding."""
+        hidden = torch.cat([hidden, torch.zeros_like(hidden[:, :1])], dim=1)
+        return _take(hidden, self.columns[:, -n_tokens:])
+
+
+def _output(hidden, cache, hidden_states) -> BaseModelOutputWithPastAndCrossAttentions:
+    """GPT-2 asks its decoder's output for `cross_attentions`; no other model minds that field."""
+    return BaseModelOutputWithPastAndCrossAttentions(
+        last_hidden_state=hidden, past_key_values=cache, hidden_states=hidden_states
+    )
+
+
+def _truncate(fields: dict[str, Fields], memories: Mapping[str, Memory], to_end: int) -> dict[str, Fields]:
+    """Cut the gradient between segments: `bptt_segments` of them stay connected, counted from the end."""
+    cut = {}
+    for name, part in fields.items():
+        length = memories[name].config.bptt_segments
+        detach = length is not None and to_end % length == 0
+        cut[name] = {f: t.detach() for f, t in part.items()} if detach else part
+    return cut
+
+
+def _append(pending: Fields, embeds: torch.Tensor, mask: torch.Tensor) -> Fields:
+    tokens = torch.cat([pending["embeds"].to(embeds.dtype), embeds], dim=1)
+    used = torch.cat([_used(pending), mask], dim=1)
+    if not mask.all():
+        tokens = _take(tokens, used.int().argsort(dim=1, stable=True))
+    return {"embeds": tokens, "length": used.sum(1)}
+
+
+def _used(pending: Fields) -> torch.Tensor:
+    """(batch, width) bool: which columns of the right-aligned pending tokens hold one."""
+    width = pending["embeds"].shape[1]
+    column = torch.arange(width, device=pending["length"].device)
+    return column >= width - pending["length"][:, None]
+
+
+def _take(tensor: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    return tensor.gather(1, index[..., None].expand(-1, -1, tensor.shape[-1]))
+
+
+def _positions(mask: torch.Tensor) -> torch.Tensor:
+    return (mask.cumsum(1) - 1).clamp(min=0)
+
+
+def _or_none(mask: torch.Tensor) -> torch.Tensor | None:
+    """A mask that hides nothing is no mask: attention then takes its faster path."""
+    return None if mask.all() else mask.long()
+
+
+def _check_positions(width: int, request: Request) -> None:
+    if request.max_positions is not None and width > request.max_positions:
+        raise ValueError(
+            f"the open segment with its memory tokens has {width} tokens, the model has positions for "
+            f"{request.max_positions}; lower segment_length or n_tokens, or generate fewer tokens"
+        )

@@ -1,0 +1,216 @@
+"""`MemoryState`: what a model remembers, as a value; and `MemoryCache`, on which it rides in `generate`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers.cache_utils import Cache
+
+from .files import write_tensors
+from .memory import Fields
+
+FORMAT = "memlayers.state.v1"
+PENDING = "pending"
+"""Name under which a state keeps the tokens of the open segment: read, not yet written."""
+
+
+class MemoryState:
+    """What the memories of one model hold for each row of a batch.
+
+    Two levels of names: memory → field → tensor. Every tensor is batch-first. A field whose second
+    dimension differs between rows is right-aligned and has a `length` field beside it, so that rows of
+    different length can be put together. No operation changes a state in place.
+
+    Attributes:
+        fields: the tensors.
+    """
+
+    def __init__(self, fields: dict[str, Fields]):
+        sizes = {t.shape[0] for part in fields.values() for t in part.values()}
+        if len(sizes) > 1:
+            raise ValueError(f"the tensors of a MemoryState differ in batch size: {sorted(sizes)}")
+        self.fields = fields
+        self.batch_size = sizes.pop() if sizes else None
+
+    def __getitem__(self, name: str) -> Fields:
+        return self.fields[name]
+
+    def __repr__(self) -> str:
+        shapes = {n: {f: tuple(t.shape) for f, t in part.items()} for n, part in self.fields.items()}
+        return f"MemoryState({shapes})"
+
+    def _map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> MemoryState:
+        return MemoryState({n: {f: function(t) for f, t in part.items()} for n, part in self.fields.items()})
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(t.nbytes for part in self.fields.values() for t in part.values())
+
+    def clone(self) -> MemoryState:
+        """A copy that shares no storage."""
+        return self._map(torch.Tensor.clone)
+
+    def detach(self) -> MemoryState:
+        """The same values without gradient history."""
+        return self._map(torch.Tensor.detach)
+
+    def to(self, device: torch.device | str) -> MemoryState:
+        """The state on another device."""
+        return self._map(lambda t: t.to(device))
+
+    def select(self, rows: Sequence[int] | torch.Tensor) -> MemoryState:
+        """The given rows, in order, repeats allowed: `select([0] * 8)` asks one memory eight questions.
+
+        Raises:
+            IndexError: a row that is not there.
+        """
+        index = torch.as_tensor(rows, dtype=torch.int64)
+        if index.numel() and self.batch_size is not None and int(index.max()) >= self.batch_size:
+            raise IndexError(f"row {int(index.max())} of a MemoryState with {self.batch_size} rows")
+        return self._map(lambda t: t.index_select(0, index.to(t.device)))
+
+    def zeros_like(self) -> MemoryState:
+        """The state with every floating-point tensor at zero: the control "zeroed memory"."""
+        return self._map(lambda t: torch.zeros_like(t) if t.is_floating_point() else t.clone())
+
+    @staticmethod
+    def cat(states: Sequence[MemoryState]) -> MemoryState:
+        """The rows of several states in one; ragged fields are padded on the left.
+
+        Raises:
+            ValueError: no states, or states of different memories.
+        """
+        if not states:
+            raise ValueError("MemoryState.cat needs at least one state")
+        names = {n: set(part) for n, part in states[0].fields.items()}
+        for state in states[1:]:
+            if {n: set(part) for n, part in state.fields.items()} != names:
+                raise ValueError("MemoryState.cat: the states come from different memories")
+        return MemoryState(
+            {n: {f: _stack([s.fields[n][f] for s in states]) for f in fields} for n, fields in names.items()}
+        )
+
+    def save(self, path: str | Path) -> None:
+        """Write one safetensors file, whole or not at all.
+
+        Raises:
+            IsADirectoryError: a folder stands at `path`.
+        """
+        tensors = {f"{n}.{f}": t for n, part in self.fields.items() for f, t in part.items()}
+        names = {n: sorted(part) for n, part in self.fields.items()}
+        write_tensors(path, tensors, {"format": FORMAT, "fields": json.dumps(names)})
+
+    @classmethod
+    def load(cls, path: str | Path, device: torch.device | str = "cpu") -> MemoryState:
+        """Read what `save` wrote.
+
+        Raises:
+            FileNotFoundError: nothing at `path`.
+            ValueError: a cut file, or a safetensors file that is not a memory state.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise FileNotFoundError(f"no memory state at {path}")
+        try:
+            with safe_open(path, framework="pt", device=str(device)) as file:
+                metadata = file.metadata() or {}
+                if metadata.get("format") != FORMAT:
+                    raise ValueError(
+                        f"{path} is a safetensors file but not a memory state (no format {FORMAT!r})"
+                    )
+                names = json.loads(metadata["fields"])
+                return cls({n: {f: file.get_tensor(f"{n}.{f}") for f in part} for n, part in names.items()})
+        except SafetensorError as error:
+            raise ValueError(
+                f"{path} is cut short or not a safetensors file ({error}); write the state again"
+            ) from None
+
+    def to_cache(self) -> MemoryCache:
+        """A cache with this memory and an empty attention window, for `past_key_values=`."""
+        return MemoryCache(self)
+
+
+def _stack(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    if tensors[0].dim() < 2:
+        return torch.cat(list(tensors))
+    width = max(t.shape[1] for t in tensors)
+    padded = [
+        torch.cat([t.new_zeros(t.shape[0], width - t.shape[1], *t.shape[2:]), t], dim=1) for t in tensors
+    ]
+    return torch.cat(padded)
+
+
+class MemoryCache(Cache):
+    """What `generate` hands from step to step: a `MemoryState` and the keys and values of the open window.
+
+    `get_seq_length` counts all tokens seen through this cache, as `generate` expects, also those that have
+    left the window.
+
+    Attributes:
+        memory_state: the state after the last forward call; None before the first.
+        window: keys and values of the open window; None when it is empty.
+        window_mask: (batch, columns of `window`) bool, False at padding.
+        seen: columns (padding included) given to the model through this cache.
+        request: what the forward call under way asks of the decoder; None between calls.
+    """
+
+    def __init__(self, memory_state: MemoryState | None = None):
+        super().__init__(layers=[])
+        self.memory_state = memory_state
+        self.window: Cache | None = None
+        self.window_mask: torch.Tensor | None = None
+        self.seen = 0
+        self.request = None
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return self.seen
+
+    @property
+    def is_compileable(self) -> bool:
+        return False
+
+    @property
+    def is_croppable(self) -> bool:
+        return False
+
+    @property
+    def batch_size(self) -> int:
+        state = self.memory_state
+        return state.batch_size if state is not None and state.batch_size is not None else -1
+
+    def _rows(self, index: torch.Tensor) -> None:
+        if self.memory_state is not None:
+            self.memory_state = self.memory_state.select(index)
+        if self.window_mask is not None:
+            self.window_mask = self.window_mask.index_select(0, index.to(self.window_mask.device))
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        if self.window is not None:
+            self.window.reorder_cache(beam_idx)
+        self._rows(beam_idx)
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        if self.window is not None:
+            self.window.batch_select_indices(indices)
+        self._rows(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        if self.window is not None:
+            self.window.batch_repeat_interleave(repeats)
+        if self.batch_size > 0:
+            self._rows(torch.arange(self.batch_size).repeat_interleave(repeats))
+
+    def reset(self) -> None:
+        self.__init__()
+
+    def crop(self, *args, **kwargs) -> None:
+        raise NotImplementedError(
+            "a memory cannot forget the last tokens it has read, so a MemoryCache cannot be cropped. Assisted and "
+            "prompt-lookup decoding need crop: use greedy, sampling or beam search. To go back yourself, keep "
+            "state.clone() from before and start again from its to_cache()."
+        )

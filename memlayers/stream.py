@@ -1,0 +1,102 @@
+"""`write`: read a text of any length into memory, segment by segment, at constant memory."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from tqdm.auto import tqdm
+
+from . import segments
+from .attach import check_state, decoder_of, max_positions, memories, segmented
+from .state import PENDING, MemoryCache, MemoryState
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+SEGMENTS_PER_CALL = 16
+
+
+@torch.no_grad()
+def write(
+    model: PreTrainedModel,
+    input_ids: torch.Tensor,
+    state: MemoryState | None = None,
+    *,
+    attention_mask: torch.Tensor | None = None,
+    close: bool = True,
+    progress: bool = False,
+) -> MemoryState:
+    """Read `input_ids` and return what is remembered. No logits, no keys and values kept, no gradient.
+
+    Args:
+        model: a model with at least one memory that keeps a state.
+        input_ids: (batch, tokens) int64, on any device; moved to the model's piece by piece.
+        state: continue from here; default: a fresh state.
+        attention_mask: (batch, tokens), 0 at padding.
+        close: write the last, open segment too. With False its tokens stay in the state as they are, and the
+            next call continues them.
+        progress: show a progress bar.
+
+    Returns:
+        The new state; `state` is unchanged.
+
+    Raises:
+        ValueError: no memory to write to, no token to write, or a state of other rows or another memory.
+    """
+    reading = segmented(model)
+    if not reading:
+        raise ValueError(
+            f"nothing to write to: this model's memories are {sorted(memories(model)) or 'none'}"
+        )
+    if input_ids.dim() != 2 or input_ids.shape[1] == 0:
+        raise ValueError(
+            f"input_ids must be (batch, tokens) with at least one token, got {tuple(input_ids.shape)}"
+        )
+    if attention_mask is not None and attention_mask.shape != input_ids.shape:
+        raise ValueError(
+            f"attention_mask {tuple(attention_mask.shape)} and input_ids {tuple(input_ids.shape)} differ"
+        )
+    check_state(reading, state, input_ids.shape[0])
+
+    decoder, device = decoder_of(model), model.get_input_embeddings().weight.device
+    cache, stream = MemoryCache(state), _Stream(input_ids, attention_mask, state)
+    step = SEGMENTS_PER_CALL * next(iter(reading.values())).segment_length
+    bar = tqdm(total=stream.width, unit="token", desc="write", disable=not progress)
+    for start in range(0, stream.width, step):
+        stop = min(start + step, stream.width)
+        ids, mask = stream.columns(start, stop)
+        cache.request = segments.Request(
+            reading, close=close or stop < stream.width, max_positions=max_positions(model)
+        )
+        decoder(
+            input_ids=ids.to(device), attention_mask=mask.to(device), past_key_values=cache, use_cache=False
+        )
+        bar.update(stop - start)
+    bar.close()
+    return cache.memory_state
+
+
+class _Stream:
+    """The rows as columns in which each row's real tokens stand right behind its pending ones, without
+    padding between, so that segments end at the same columns in all rows."""
+
+    def __init__(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, state: MemoryState | None
+    ):
+        self.input_ids = input_ids
+        rows, n_tokens = input_ids.shape
+        self.order, self.n_real = None, torch.full((rows, 1), n_tokens, device=input_ids.device)
+        if attention_mask is not None and not attention_mask.all():
+            real = attention_mask.to(input_ids.device).bool()
+            self.order, self.n_real = (~real).int().argsort(dim=1, stable=True), real.sum(1, keepdim=True)
+        pending = state[PENDING]["length"] if state is not None else torch.zeros(rows, dtype=torch.int64)
+        self.n_pending = pending.to(input_ids.device)[:, None]
+        self.width = int((self.n_pending + self.n_real).max())
+
+    def columns(self, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Ids of columns `start` to `stop`, (batch, stop - start), and which of them are new tokens."""
+        place = torch.arange(start, stop, device=self.input_ids.device) - self.n_pending
+        new = (place >= 0) & (place < self.n_real)
+        place = place.clamp(0, self.input_ids.shape[1] - 1)
+        return self.input_ids.gather(1, place if self.order is None else self.order.gather(1, place)), new

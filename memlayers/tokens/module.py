@@ -1,0 +1,110 @@
+"""Memory tokens as an `nn.Module` that stands alone: tensors in, tensors out."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from ..config import layer_index
+from ..memory import Fields, Memory
+from .config import MemoryTokensConfig
+
+
+class MemoryTokens(Memory):
+    """What is read before a segment, what writes after it, and how written states become memory.
+
+    State, per row: `memory` (batch, slots, hidden_size) float32, right-aligned, and `length` (batch,) int64,
+    the slots in use. Recurrent memory always has `n_tokens` slots; accumulated memory grows by `n_tokens`
+    with every segment, and rows that wrote less have unused slots on the left.
+
+    Args:
+        config: fields, see `MemoryTokensConfig`.
+        hidden_size: width of the model.
+        embedding_std: standard deviation of the model's input embeddings; sets the size at which memory
+            enters the model.
+    """
+
+    def __init__(self, config: MemoryTokensConfig, hidden_size: int, embedding_std: float = 0.02):
+        super().__init__(config)
+        self.hidden_size = hidden_size
+        self.segment_length = config.segment_length
+        self.n_extra_tokens = 2 * config.n_tokens
+        self.write_layer = config.write_layer
+        self.recurrent = config.mode == "recurrent"
+        shape = (config.n_tokens, hidden_size)
+        if self.recurrent:
+            self.initial_memory = nn.Parameter(torch.randn(shape) * embedding_std)
+        if not self.recurrent or config.write_input == "learned":
+            self.write_tokens = nn.Parameter(torch.randn(shape) * embedding_std)
+        if config.projection != "none":
+            self.norm = nn.RMSNorm(hidden_size, eps=1e-6)
+            nn.init.constant_(self.norm.weight, embedding_std)
+        if config.projection == "linear":
+            self.proj = nn.Parameter(torch.eye(hidden_size))
+
+    @classmethod
+    def for_model(cls, config: MemoryTokensConfig, model: nn.Module) -> MemoryTokens:
+        embeddings = model.get_input_embeddings()
+        with torch.no_grad():
+            some = torch.arange(min(embeddings.num_embeddings, 1000), device=embeddings.weight.device)
+            std = embeddings(some).float().std().item()
+        memory = cls(config, embeddings.embedding_dim, std)
+        if config.write_layer is not None:
+            n_layers = model.config.get_text_config(decoder=True).num_hidden_layers
+            memory.write_layer = layer_index(config.write_layer, n_layers, "write_layer")
+        return memory
+
+    def new_state(self, batch_size: int) -> Fields:
+        """Memory before anything was read: the learned initial memory, or no slots when accumulating."""
+        if self.recurrent:
+            memory = self.initial_memory.float().expand(batch_size, -1, -1)
+        else:
+            memory = self.write_tokens.new_zeros(batch_size, 0, self.hidden_size, dtype=torch.float32)
+        length = torch.full((batch_size,), memory.shape[1], dtype=torch.int64, device=memory.device)
+        return {"memory": memory, "length": length}
+
+    def read(self, state: Fields) -> tuple[torch.Tensor, torch.Tensor]:
+        """Tokens to put before a segment: (batch, slots, hidden_size) and which are in use (batch, slots)."""
+        memory, length = state["memory"], state["length"]
+        slot = torch.arange(memory.shape[1], device=memory.device)
+        return memory, slot >= memory.shape[1] - length[:, None]
+
+    def write_inputs(self, state: Fields) -> torch.Tensor:
+        """Tokens to put after a segment, whose hidden states `update` takes: (batch, n_tokens, hidden_size)."""
+        if hasattr(self, "write_tokens"):
+            return self.write_tokens.expand(state["memory"].shape[0], -1, -1)
+        return state["memory"]
+
+    def update(self, state: Fields, hidden: torch.Tensor, active: torch.Tensor) -> Fields:
+        """Memory after a segment.
+
+        Args:
+            state: memory before it.
+            hidden: last hidden states of the write tokens, (batch, n_tokens, hidden_size).
+            active: rows (batch,) bool that had a segment; the others keep their memory.
+        """
+        with torch.autocast(hidden.device.type, enabled=False):
+            written = self._project(hidden.float())
+        memory, length = state["memory"], state["length"]
+        if self.recurrent:
+            return {"memory": torch.where(active[:, None, None], written, memory), "length": length}
+        grown = torch.cat([memory, written], dim=1)
+        kept = torch.cat([torch.zeros_like(written), memory], dim=1)
+        memory = torch.where(active[:, None, None], grown, kept)
+        return {"memory": memory, "length": length + active * written.shape[1]}
+
+    def _project(self, written: torch.Tensor) -> torch.Tensor:
+        if self.config.projection != "none":
+            written = nn.functional.rms_norm(written, (self.hidden_size,), self.norm.weight.float(), 1e-6)
+        if self.config.projection == "linear":
+            written = written @ self.proj.float().T
+        return written
+
+    def check_state(self, fields: Fields, name: str) -> None:
+        super().check_state(fields, name)
+        slots, n_tokens = fields["memory"].shape[1], self.config.n_tokens
+        if slots != n_tokens if self.recurrent else slots % n_tokens:
+            raise ValueError(
+                f"memory {name!r}: the state holds {slots} slots, which {n_tokens} tokens in mode "
+                f"{self.config.mode!r} cannot have written; it was written by another memory"
+            )
