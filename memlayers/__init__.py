@@ -11,11 +11,12 @@ _root = _Path(__file__).resolve().parent.parent
 if (_root / "pyproject.toml").is_file():
     __path__.append(str(_root))
 
-from .attach import attach, detach, disabled, memories, memory_parameters, window  # noqa: E402
+from .attach import attach, detach, disabled  # noqa: E402
 from .checkpoint import load, save  # noqa: E402
 from .config import ConfigError, MemoryConfig  # noqa: E402
 from .kinds import parse_memory_config  # noqa: E402
 from .memory import Memory  # noqa: E402
+from .model import memories, memory_parameters, window  # noqa: E402
 from .state import MemoryCache, MemoryState  # noqa: E402
 from .stream import write  # noqa: E402
 from .tokens import MemoryTokens, MemoryTokensConfig  # noqa: E402

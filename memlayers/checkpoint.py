@@ -18,10 +18,11 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from .attach import attach, memories, memory_parameters
+from .attach import attach
 from .config import ConfigError
 from .files import make_folder, write_tensors, write_text
 from .kinds import parse_memory_config
+from .model import memories, memory_parameters
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

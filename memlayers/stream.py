@@ -8,7 +8,8 @@ import torch
 from tqdm.auto import tqdm
 
 from . import segments
-from .attach import check_state, decoder_of, max_positions, memories, segmented
+from .forward import check_state
+from .model import decoder_of, max_positions, memories, segmented
 from .state import PENDING, MemoryCache, MemoryState
 
 if TYPE_CHECKING:

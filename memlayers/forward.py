@@ -1,0 +1,220 @@
+"""What covers a model's own methods once it has memory: state in, state out.
+
+Three methods are covered on the instance: `forward` of the model takes and returns a `MemoryState`, `forward`
+of its decoder reads in segments, and `prepare_inputs_for_generation` tells prompt from generated tokens. The
+state travels between the first two on the cache, the one argument that every architecture hands through.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from types import MethodType
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+from transformers.cache_utils import Cache
+
+from . import segments
+from .memory import Memory
+from .model import max_positions, segmented
+from .state import PENDING, MemoryCache, MemoryState
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def cover(model: PreTrainedModel, decoder: PreTrainedModel) -> None:
+    """Put the covering functions on the instance."""
+    _put(model, "forward", _with_state_arguments(type(model).forward))
+    _put(model, "prepare_inputs_for_generation", _prepare_inputs)
+    _put(decoder, "forward", _decoder_forward)
+
+
+def uncover(model: PreTrainedModel, decoder: PreTrainedModel) -> None:
+    """Take them off; what was underneath, the class's own or another library's, is there again."""
+    for module, name in [(model, "forward"), (model, "prepare_inputs_for_generation"), (decoder, "forward")]:
+        del module.__dict__[name]
+        below = module.__dict__.pop(f"_below_{name}", None)
+        if below is not None:
+            module.__dict__[name] = below
+
+
+def _put(module: nn.Module, name: str, function) -> None:
+    below = module.__dict__.get(name)
+    if below is not None:
+        module.__dict__[f"_below_{name}"] = below
+    module.__dict__[name] = MethodType(function, module)
+
+
+def _base(module: nn.Module, name: str):
+    """The method underneath."""
+    return module.__dict__.get(f"_below_{name}") or MethodType(getattr(type(module), name), module)
+
+
+def _with_state_arguments(forward):
+    """`_model_forward` under the signature of the model's own forward plus the arguments that it adds."""
+
+    @functools.wraps(forward)
+    def covered(self, *args, **kwargs):
+        return _model_forward(self, *args, **kwargs)
+
+    signature = inspect.signature(forward)
+    extra = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default)
+        for name, default in [("memory_state", None), ("close_memory", False), ("write_memory", None)]
+    ]
+    parameters = list(signature.parameters.values())
+    at_end = parameters[-1:] if parameters[-1].kind is inspect.Parameter.VAR_KEYWORD else []
+    covered.__signature__ = signature.replace(
+        parameters=parameters[: len(parameters) - len(at_end)] + extra + at_end
+    )
+    return covered
+
+
+def _model_forward(self, *args, memory_state=None, close_memory=False, write_memory=None, **kwargs):
+    """The model's forward with memory.
+
+    Args:
+        memory_state: a `MemoryState` to continue from; default: the one on `past_key_values`, else a fresh one.
+        close_memory: write the open segment at the end, so that the next call sees it only through memory.
+        write_memory: False leaves full segments unwritten, as while decoding. Default: True, but for a single
+            token after a cache that has some.
+
+    Returns:
+        The model's output with `memory_state` and, where a cache is used, a `MemoryCache`.
+
+    Raises:
+        ValueError: labels of another length than the input; a state of another batch size or memory.
+    """
+    base, reading = _base(self, "forward"), segmented(self)
+    if not reading:
+        return base(*args, **kwargs)
+    arguments = _by_name(base, args, kwargs)
+    inputs = (
+        arguments.get("input_ids")
+        if arguments.get("input_ids") is not None
+        else arguments.get("inputs_embeds")
+    )
+    _check_inputs(inputs, arguments.get("labels"))
+
+    cache = _memory_cache(arguments.get("past_key_values"))
+    if memory_state is not None:
+        if cache.memory_state is not None and cache.memory_state is not memory_state:
+            raise ValueError("memory_state= and past_key_values each carry a state; give one of them")
+        cache.memory_state = memory_state
+    check_state(reading, cache.memory_state, batch_size=inputs.shape[0])
+    decoding = inputs.shape[1] == 1 and cache.seen > 0 if write_memory is None else not write_memory
+    use_cache = arguments.get("use_cache")
+    use_cache = self.config.use_cache if use_cache is None else use_cache
+    checkpointing = self.training and getattr(self, "is_gradient_checkpointing", False)
+    cache.request = segments.Request(
+        memories=reading,
+        write=not decoding or any(m.config.write_while_decoding for m in reading.values()),
+        close=close_memory,
+        keep_window=bool(use_cache) and not checkpointing,
+        max_positions=max_positions(self),
+    )
+    arguments["past_key_values"] = cache
+    as_tuple = arguments.pop("return_dict", None) is False
+    output = base(**arguments, return_dict=True)
+    output["memory_state"] = cache.memory_state
+    return output.to_tuple() if as_tuple else output
+
+
+def _decoder_forward(
+    self, input_ids=None, attention_mask=None, past_key_values=None, inputs_embeds=None, **kwargs
+):
+    """The decoder's forward; reads in segments when a `MemoryCache` asks for it, else as it always did."""
+    base = _base(self, "forward")
+    if not isinstance(past_key_values, MemoryCache):
+        kwargs.update(
+            attention_mask=attention_mask, past_key_values=past_key_values, inputs_embeds=inputs_embeds
+        )
+        return base(input_ids=input_ids, **kwargs)
+    request, past_key_values.request = past_key_values.request, None
+    embeds = self.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
+    for positions in ("position_ids", "cache_position", "use_cache"):
+        kwargs.pop(positions, None)
+    return segments.read(base, embeds, _new_mask(attention_mask, embeds), past_key_values, request, **kwargs)
+
+
+def _prepare_inputs(self, *args, is_first_iteration=False, memory_state=None, write_memory=None, **kwargs):
+    """Tell the forward call whether it sees the prompt or what was generated."""
+    base = _base(self, "prepare_inputs_for_generation")
+    inputs = base(*args, is_first_iteration=is_first_iteration, **kwargs)
+    if segmented(self):
+        inputs["write_memory"] = is_first_iteration if write_memory is None else write_memory
+        has_cache = inputs.get("past_key_values") is not None
+        if memory_state is not None and (is_first_iteration or not has_cache):
+            inputs["memory_state"] = memory_state
+        if not has_cache:
+            inputs["write_memory"] = True
+    return inputs
+
+
+def _by_name(function, args: tuple, kwargs: dict) -> dict:
+    call = inspect.signature(function).bind_partial(*args, **kwargs)
+    for parameter in call.signature.parameters.values():
+        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+            return {**call.arguments, **call.arguments.pop(parameter.name, {})}
+    return dict(call.arguments)
+
+
+def _memory_cache(past: Cache | None) -> MemoryCache:
+    """The memory cache behind what a caller gave: itself, or the one made for an empty cache of his."""
+    if past is None:
+        return MemoryCache()
+    if isinstance(past, MemoryCache):
+        return past
+    cache = getattr(past, "memory_cache", None)
+    if cache is None:
+        if past.get_seq_length() > 0:
+            raise ValueError(
+                f"past_key_values holds {past.get_seq_length()} tokens read without memory; start with "
+                "state.to_cache(), or with no cache"
+            )
+        cache = past.memory_cache = MemoryCache()
+    return cache
+
+
+def _new_mask(attention_mask: torch.Tensor | None, embeds: torch.Tensor) -> torch.Tensor:
+    """(batch, tokens) bool for the new tokens, from the mask a caller gave for all tokens so far."""
+    rows, n_tokens = embeds.shape[:2]
+    if attention_mask is None:
+        return torch.ones(rows, n_tokens, dtype=torch.bool, device=embeds.device)
+    if attention_mask.dim() != 2 or attention_mask.shape[0] != rows or attention_mask.shape[1] < n_tokens:
+        raise ValueError(
+            f"attention_mask has shape {tuple(attention_mask.shape)}; with memory it must be (batch, tokens) "
+            f"and cover the input of shape {(rows, n_tokens)}"
+        )
+    return attention_mask[:, attention_mask.shape[1] - n_tokens :].bool()
+
+
+def _check_inputs(inputs: torch.Tensor | None, labels: torch.Tensor | None) -> None:
+    if inputs is None or inputs.shape[1] == 0:
+        raise ValueError("the model needs input_ids or inputs_embeds with at least one token, got none")
+    if labels is not None and labels.shape != inputs.shape[:2]:
+        raise ValueError(
+            f"labels have shape {tuple(labels.shape)}, the input {tuple(inputs.shape[:2])}: one label a token, "
+            "-100 where there is none"
+        )
+
+
+def check_state(reading: dict[str, Memory], state: MemoryState | None, batch_size: int) -> None:
+    """Raise ValueError unless `state` belongs to these memories and to `batch_size` rows."""
+    if state is None:
+        return
+    if not isinstance(state, MemoryState):
+        raise TypeError(f"memory_state must be a MemoryState, got {type(state).__name__}")
+    if state.batch_size != batch_size:
+        raise ValueError(
+            f"the memory state has {state.batch_size} rows, the input {batch_size}; state.select([...]) takes "
+            "or repeats rows"
+        )
+    if not {*reading, PENDING} <= set(state.fields):
+        have = sorted(set(state.fields) - {PENDING})
+        raise ValueError(f"the memory state belongs to memories {have}, this model reads {sorted(reading)}")
+    for name, memory in reading.items():
+        memory.check_state(state[name], name)

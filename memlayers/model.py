@@ -1,0 +1,94 @@
+"""Looking at a model: its memories, its decoder, its window."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from .memory import Memory
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+ROOT = "memlayers"
+"""Name of the child module that `attach` adds to a model."""
+SUPPORTED = (
+    "decoder-only causal language models (Llama, Qwen, Mistral, GPT-2, GPT-NeoX, Gemma, Phi and their like)"
+)
+
+
+class Memories(nn.ModuleDict):
+    """The memories of one model by name: the child module that `attach` adds."""
+
+    def __init__(self):
+        super().__init__()
+        self.base_requires_grad: dict[str, bool] = {}
+        self.handles: dict[str, list] = {}
+
+
+def memories(model: nn.Module) -> dict[str, Memory]:
+    """The memories of a model by name; {} for a plain model."""
+    root = getattr(model, ROOT, None)
+    return dict(root.items()) if isinstance(root, Memories) else {}
+
+
+def segmented(model: nn.Module) -> dict[str, Memory]:
+    """The enabled memories that read in segments, by name."""
+    return {n: m for n, m in memories(model).items() if m.enabled and m.segment_length is not None}
+
+
+def memory_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Names (as in the model's state dict) and parameters of all memories."""
+    for name, parameter in model.named_parameters():
+        if name.startswith(f"{ROOT}."):
+            yield name, parameter
+
+
+def base_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Names and parameters of the model without its memories."""
+    return (item for item in model.named_parameters() if not item[0].startswith(f"{ROOT}."))
+
+
+def window(model: PreTrainedModel) -> int:
+    """Text tokens that attention can reach: the segment length, or the positions of a plain model."""
+    reading = segmented(model)
+    if reading:
+        return next(iter(reading.values())).segment_length
+    return max_positions(model) or 0
+
+
+def max_positions(model: PreTrainedModel) -> int | None:
+    """Positions the model was made for, or None if its config does not say."""
+    return getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+
+
+def decoder_of(model: nn.Module) -> PreTrainedModel:
+    """The stack of decoder layers inside a causal language model.
+
+    Raises:
+        TypeError: there is none; says what is supported.
+    """
+    from transformers import PreTrainedModel  # takes seconds to import; whoever has a model has it already
+
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(
+            f"memlayers works on Hugging Face models, got {type(model).__name__}; supported: {SUPPORTED}"
+        )
+    decoder = None if model.config.is_encoder_decoder else model.get_decoder()
+    if decoder is None or decoder is model or decoder_layers(decoder) is None:
+        raise TypeError(
+            f"{type(model).__name__} has no decoder stack under a language-model head; supported: {SUPPORTED}, "
+            "loaded with AutoModelForCausalLM"
+        )
+    return decoder
+
+
+def decoder_layers(decoder: nn.Module) -> nn.ModuleList | None:
+    """The list of layers of a decoder, whatever it is called; None if there is none."""
+    n_layers = getattr(decoder.config, "num_hidden_layers", None)
+    lists = [
+        child for child in decoder.children() if isinstance(child, nn.ModuleList) and len(child) == n_layers
+    ]
+    return lists[0] if lists else None
