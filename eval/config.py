@@ -1,0 +1,87 @@
+"""The config of an evaluation: the YAML file, the Python argument and the `config` block of the report."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from memlayers.config import Strict
+from memlayers.tasks import TaskConfig
+from memlayers.yaml_config import load_yaml
+
+Regime = Literal["F", "W", "D"]
+Arm = Literal["base", "base_cut", "memory_off", "untrained", "trained"]
+Control = Literal["no_needle", "shuffled_memory", "zeroed_memory", "question_only"]
+
+ARMS: tuple[str, ...] = ("base", "base_cut", "memory_off", "untrained", "trained")
+CONTROLS: tuple[str, ...] = ("no_needle", "shuffled_memory", "zeroed_memory", "question_only")
+
+
+class SuiteConfig(Strict):
+    """One suite: a task, and the grid of lengths and depths it is asked on.
+
+    task: block of `memlayers.tasks` with `type: passkey` or `type: needle`. lengths: tokens of context,
+    question and answer. windows: in place of lengths, multiples of the tokens attention can reach. depths: 0
+    = start of the context, 1 = end. n: questions at each length, spread evenly over the depths. regimes: F
+    all in attention, W one stream through a limited window, D written to memory, then asked with nothing but
+    the memory.
+    """
+
+    task: TaskConfig
+    lengths: list[int] | None = Field(None, min_length=1)
+    windows: list[int] | None = Field(None, min_length=1)
+    depths: list[float] = Field([0.0, 0.25, 0.5, 0.75, 1.0], min_length=1)
+    n: int = Field(200, ge=1, le=1_000_000)
+    regimes: list[Regime] = Field(["F", "W", "D"], min_length=1)
+
+    @model_validator(mode="after")
+    def _check(self) -> SuiteConfig:
+        if (self.lengths is None) == (self.windows is None):
+            raise ValueError(
+                "lengths: give either lengths (tokens) or windows (multiples of the window), not both"
+            )
+        for field in ("lengths", "windows", "regimes", "depths"):
+            values = getattr(self, field) or []
+            if len(set(values)) != len(values):
+                raise ValueError(f"{field}: {values} names a value twice")
+        if any(value < 1 for value in (self.lengths or self.windows or [])):
+            raise ValueError("lengths: lengths and windows must be at least 1")
+        if any(not 0 <= depth <= 1 for depth in self.depths):
+            raise ValueError(f"depths: {self.depths} must lie between 0 (start) and 1 (end)")
+        return self
+
+
+class EvalConfig(Strict):
+    """An evaluation: a checkpoint, suites, arms and controls.
+
+    model: folder or hub id of a wrapped checkpoint (`memlayers.save`) or of a plain one. base: the checkpoint
+    of the base arms; default: the one recorded in the wrapped checkpoint, that is the original one, also when
+    the base was trained along. tokenizer: default: the model's, else the base's. window: tokens of the cut
+    arms; default: the tokens attention can reach in the wrapped model. margin: tokens generated past the
+    answer's length.
+    """
+
+    model: str
+    base: str | None = None
+    tokenizer: str | None = None
+    suites: dict[str, SuiteConfig] = Field(min_length=1)
+    arms: list[Arm] = Field(list(ARMS))
+    controls: list[Control] = Field(list(CONTROLS))
+    window: int | None = Field(None, ge=1)
+    batch_size: int = Field(32, ge=1)
+    margin: int = Field(4, ge=0)
+    seed: int = Field(0, ge=0)
+    resamples: int = Field(2000, ge=100)
+    device: str | None = None
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> EvalConfig:
+    """Reads an evaluation's YAML file with overrides such as `suites.passkey.n=100`.
+
+    Raises `FileNotFoundError`, or `ConfigError` whose message starts with the path of the field.
+    """
+    return load_yaml(path, overrides, EvalConfig)
