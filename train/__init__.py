@@ -1,0 +1,1 @@
+"""Training with accelerate from one YAML file. Start at `run.py`."""

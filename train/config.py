@@ -1,0 +1,294 @@
+"""The fields of a training YAML: strict, typed, in the words of TRL, torchtune and PEFT."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from memlayers.config import ConfigError, Strict
+from memlayers.kinds import AnyMemoryConfig
+from memlayers.tasks import TaskConfig
+
+Regime = Literal["D", "W", "F"]
+
+
+class ModelSection(Strict):
+    """Which model is trained: a checkpoint by `path`, or a random one by `config`.
+
+    Attributes:
+        path: folder or hub id of a causal language model, or of what `memlayers.save` wrote.
+        config: fields of a Hugging Face config, `model_type` among them; builds a model with random weights.
+        tokenizer: folder or hub id of the tokenizer; None: `path`.
+        dtype: in which the weights are held and trained.
+    """
+
+    path: str | None = None
+    config: dict[str, Any] | None = None
+    tokenizer: str | None = None
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+
+    @model_validator(mode="after")
+    def _one_source(self):
+        if (self.path is None) == (self.config is None):
+            raise ValueError("give either path (a checkpoint) or config (a model with random weights)")
+        if self.config is not None and "model_type" not in self.config:
+            raise ValueError("config needs a model_type, such as llama")
+        if self.config is not None and self.tokenizer is None:
+            raise ValueError("a model from config needs tokenizer, a folder or hub id")
+        return self
+
+
+class LoraSection(Strict):
+    """A PEFT LoRA on the base, trained beside the memory; fields as in `peft.LoraConfig`.
+
+    Attributes:
+        r: rank.
+        alpha: PEFT's `lora_alpha`.
+        dropout: PEFT's `lora_dropout`.
+        target_modules: names of linear layers, or `all-linear`.
+    """
+
+    r: int = Field(16, ge=1)
+    alpha: float = Field(32.0, gt=0)
+    dropout: float = Field(0.0, ge=0, lt=1)
+    target_modules: list[str] | Literal["all-linear"] = "all-linear"
+
+
+class TaskData(Strict):
+    """Items that a task of `memlayers.tasks` makes, without end.
+
+    Attributes:
+        task: which task, and its fields.
+        regime: `D` writes the context, drops the window, asks with memory alone; `W` runs context, question
+            and answer as one sequence through the wrapped model; `F` the same with full attention.
+        segment_length: tokens a segment counts for lengths; None: the window of the wrapped model.
+        segments: fixed number of segments of an item (context, question and answer); None with a curriculum.
+    """
+
+    type: Literal["task"] = "task"
+    task: TaskConfig
+    regime: Regime = "D"
+    segment_length: int | None = Field(None, ge=1)
+    segments: int | None = Field(None, ge=1)
+
+
+class TextData(Strict):
+    """Local text files, tokenised and packed into sequences of `length` tokens.
+
+    Attributes:
+        files: paths or globs; every one must match.
+        length: tokens of a sequence.
+    """
+
+    type: Literal["text"] = "text"
+    files: list[str] = Field(min_length=1)
+    length: int = Field(512, ge=2)
+
+
+class JsonlData(Strict):
+    """Local JSON lines: `text` (packed as in `text`), or `context`, `question` and `answer`.
+
+    Attributes:
+        files: paths or globs; every one must match.
+        length: tokens of a packed sequence; for question lines the most a whole item may have.
+        regime: how question lines run, see `TaskData`.
+    """
+
+    type: Literal["jsonl"] = "jsonl"
+    files: list[str] = Field(min_length=1)
+    length: int = Field(512, ge=2)
+    regime: Regime = "D"
+
+
+class DatasetData(Strict):
+    """A dataset of the `datasets` library, packed into sequences of `length` tokens.
+
+    Attributes:
+        path: name on the hub, a folder, or what `Dataset.save_to_disk` wrote.
+        name: configuration of the dataset.
+        split: which split, slices such as `train[:1%]` included.
+        text_field: column with the text.
+        length: tokens of a sequence.
+        streaming: read while training; then order is the dataset's, shuffled in a buffer.
+        shuffle_buffer: rows of that buffer.
+    """
+
+    type: Literal["dataset"] = "dataset"
+    path: str
+    name: str | None = None
+    split: str = "train"
+    text_field: str = "text"
+    length: int = Field(512, ge=2)
+    streaming: bool = False
+    shuffle_buffer: int = Field(1000, ge=1)
+
+
+AnyData = Annotated[TaskData | TextData | JsonlData | DatasetData, Field(discriminator="type")]
+
+
+class LossSection(Strict):
+    """Weights of three mean cross-entropies that are summed. Plain text has one, of weight 1.
+
+    Attributes:
+        answer: answer tokens.
+        rest: the other tokens of question and answer.
+        context: tokens of the context (in regime D it costs the logits of the whole context).
+    """
+
+    answer: float = Field(1.0, ge=0)
+    rest: float = Field(0.2, ge=0)
+    context: float = Field(0.0, ge=0)
+
+
+class SegmentRange(Strict):
+    """Stages from `start` to `stop` segments, both included."""
+
+    start: int = Field(1, ge=1)
+    stop: int = Field(ge=1)
+    step: int = Field(1, ge=1)
+
+    @model_validator(mode="after")
+    def _order(self):
+        if self.stop < self.start:
+            raise ValueError("stop must not be below start")
+        return self
+
+
+class CurriculumSection(Strict):
+    """Number of segments of an item, raised when accuracy allows it.
+
+    Attributes:
+        segments: the stages, as a rising list or as start and stop.
+        threshold: accuracy, averaged over `window` steps at the current stage, that opens the next one.
+        window: steps averaged.
+        varied: draw the number of segments of each batch from 1 stage to the current one, so that shorter
+            inputs are not forgotten.
+        current_share: share of the batches that get the current stage's number when varied.
+    """
+
+    segments: list[int] | SegmentRange
+    threshold: float = Field(0.9, gt=0, le=1)
+    window: int = Field(20, ge=1)
+    varied: bool = True
+    current_share: float = Field(0.5, gt=0, le=1)
+
+    @model_validator(mode="after")
+    def _rising(self):
+        stages = self.stages
+        if not stages or stages[0] < 1 or any(a >= b for a, b in zip(stages, stages[1:])):
+            raise ValueError("segments must be a rising list of numbers from 1")
+        return self
+
+    @property
+    def stages(self) -> list[int]:
+        """Number of segments of every stage."""
+        if isinstance(self.segments, list):
+            return self.segments
+        return list(range(self.segments.start, self.segments.stop + 1, self.segments.step))
+
+
+class OptimizerSection(Strict):
+    """AdamW, with a learning rate for the memory and one for base or LoRA.
+
+    Attributes:
+        learning_rate: of the memory (and of everything when the two below are None).
+        base_learning_rate: of the base's parameters; None: `learning_rate`.
+        lora_learning_rate: of the LoRA; None: `learning_rate`.
+        weight_decay: on matrices only; norms, biases and the vectors a memory starts from have none.
+        betas: AdamW's two decay rates.
+        eps: AdamW's epsilon.
+        fused: torch's fused step.
+    """
+
+    type: Literal["adamw"] = "adamw"
+    learning_rate: float = Field(1e-3, gt=0)
+    base_learning_rate: float | None = Field(None, gt=0)
+    lora_learning_rate: float | None = Field(None, gt=0)
+    weight_decay: float = Field(0.0, ge=0)
+    betas: list[float] = Field([0.9, 0.999], min_length=2, max_length=2)
+    eps: float = Field(1e-8, gt=0)
+    fused: bool = True
+
+
+class ScheduleSection(Strict):
+    """Learning rate over the run, from `transformers.get_scheduler`.
+
+    Attributes:
+        type: shape after the warm-up; `linear` and `cosine` end at 0 at `max_steps`.
+        warmup_steps: steps of linear warm-up.
+    """
+
+    type: Literal["constant", "linear", "cosine"] = "constant"
+    warmup_steps: int = Field(0, ge=0)
+
+
+class TrainConfig(Strict):
+    """One training run.
+
+    Attributes:
+        model: what is trained.
+        memories: name → config of every memory to attach; empty for a baseline with full attention.
+        train_what: parameters that learn.
+        lora: PEFT LoRA on the base; needed for `memory_and_lora`, else left out.
+        data, loss, curriculum, optimizer, schedule: see the sections.
+        batch_size: items per process and forward pass.
+        gradient_accumulation: forward passes per step.
+        max_steps: optimizer steps.
+        stop_at: accuracy, averaged over the curriculum's window at its last stage, that ends the run early.
+        clip: largest gradient norm; None: no clipping.
+        precision: `bf16` runs the forward pass under autocast.
+        gradient_checkpointing: recompute activations in the backward pass.
+        seed: of initial values, data and dropout.
+        log_every: steps averaged in one line of `log.jsonl`.
+        checkpoint_every: steps between checkpoints; None: only at the end.
+        keep_checkpoints: newest checkpoints kept.
+        output_dir: everything the run writes.
+        overwrite: delete what an earlier run left in `output_dir`.
+        trackers: `tensorboard` and the other names accelerate knows.
+        num_processes: how many were started; checked, because a launcher can silently start one.
+    """
+
+    model: ModelSection
+    memories: dict[str, AnyMemoryConfig] = {}
+    train_what: Literal["memory", "memory_and_base", "memory_and_lora"] = "memory"
+    lora: LoraSection | None = None
+    data: AnyData
+    loss: LossSection = LossSection()
+    curriculum: CurriculumSection | None = None
+    optimizer: OptimizerSection = OptimizerSection()
+    schedule: ScheduleSection = ScheduleSection()
+    batch_size: int = Field(32, ge=1)
+    gradient_accumulation: int = Field(1, ge=1)
+    max_steps: int = Field(1000, ge=1)
+    stop_at: float | None = Field(None, gt=0, le=1)
+    clip: float | None = Field(1.0, gt=0)
+    precision: Literal["no", "bf16"] = "no"
+    gradient_checkpointing: Literal["none", "reentrant", "non_reentrant"] = "none"
+    seed: int = Field(0, ge=0, lt=2**31)
+    log_every: int = Field(10, ge=1)
+    checkpoint_every: int | None = Field(None, ge=1)
+    keep_checkpoints: int = Field(2, ge=1)
+    output_dir: str
+    overwrite: bool = False
+    trackers: list[str] = []
+    num_processes: int = Field(1, ge=1)
+
+    @model_validator(mode="after")
+    def _fits_together(self):
+        if (self.train_what == "memory_and_lora") != (self.lora is not None):
+            raise ConfigError("lora: give this section with train_what: memory_and_lora, and only then")
+        if isinstance(self.data, TaskData) and (self.data.segments is None) == (self.curriculum is None):
+            raise ConfigError("data.segments: give a number of segments here, or a curriculum, not both")
+        if self.curriculum is not None and not isinstance(self.data, TaskData):
+            raise ConfigError(
+                f"curriculum: only data of type task has segments to count, not {self.data.type!r}"
+            )
+        if self.stop_at is not None and not isinstance(self.data, TaskData):
+            raise ConfigError(f"stop_at: only data of type task has an accuracy, not {self.data.type!r}")
+        if self.num_processes > 1 and self.gradient_checkpointing == "reentrant":
+            raise ConfigError(
+                "gradient_checkpointing: reentrant checkpointing does not work with several processes; "
+                "use non_reentrant"
+            )
+        return self

@@ -1,0 +1,155 @@
+"""The model of a run: loaded or built, wrapped, with a LoRA where one is wanted."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+import memlayers as ml
+from memlayers.checkpoint import CONFIG
+from memlayers.config import ConfigError
+
+from .config import ModelSection, TrainConfig
+from .optimizers import choose_parameters
+
+
+def build_model(config: TrainConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model with its memories attached and `requires_grad` set, in train mode, and its tokenizer.
+
+    Raises:
+        ConfigError: a memory, regime or LoRA that does not fit the model; names the field.
+        FileNotFoundError: no model or tokenizer at the path.
+    """
+    tokenizer = _tokenizer(config.model)
+    model = _load(config.model)
+    if config.lora is not None:
+        _inject_lora(model, config)
+    for name, memory in config.memories.items():
+        if name in ml.memories(model):
+            raise ConfigError(
+                f"memories.{name}: {config.model.path} already has a memory of this name; choose another"
+            )
+        try:
+            ml.attach(model, memory, name)
+        except ConfigError as error:
+            raise ConfigError(f"memories.{error}") from None
+    choose_parameters(model, config.train_what)
+    if config.gradient_checkpointing != "none":
+        reentrant = config.gradient_checkpointing == "reentrant"
+        if reentrant:
+            model.enable_input_require_grads()  # a frozen embedding would cut the recomputed graph off
+        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    return model.train(), tokenizer
+
+
+def segment_length(model: PreTrainedModel) -> int | None:
+    """Tokens a segment of the wrapped model has; None where no memory reads in segments."""
+    lengths = [m.segment_length for m in ml.memories(model).values() if m.segment_length is not None]
+    return lengths[0] if lengths else None
+
+
+def save_model(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: TrainConfig, folder: Path
+) -> None:
+    """Write the trained model: with memories what `memlayers.load` reads, else a plain checkpoint; the tokenizer
+    beside it. The base is copied where it was trained or has no name to be loaded by."""
+    if ml.memories(model):
+        save_base = config.train_what == "memory_and_base" or config.model.config is not None
+        ml.save(model, folder, save_base=save_base)
+        if save_base:
+            tokenizer.save_pretrained(folder / "base")
+    else:
+        if getattr(model, "peft_config", None):
+            from peft.tuners.tuners_utils import BaseTunerLayer
+
+            for module in model.modules():
+                if isinstance(module, BaseTunerLayer):
+                    module.merge()
+            state = {
+                n.replace(".base_layer.", "."): t for n, t in model.state_dict().items() if ".lora_" not in n
+            }
+            model.save_pretrained(folder, state_dict=state)
+        else:
+            model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _load(section: ModelSection) -> PreTrainedModel:
+    dtype = getattr(torch, section.dtype)
+    if section.config is not None:
+        fields = dict(section.config)
+        try:
+            return AutoModelForCausalLM.from_config(
+                AutoConfig.for_model(fields.pop("model_type"), **fields), dtype=dtype
+            )
+        except (ValueError, TypeError) as error:
+            raise ConfigError(f"model.config: {error}") from None
+    if (Path(section.path) / CONFIG).is_file():
+        return ml.load(section.path, dtype=dtype)
+    try:
+        return AutoModelForCausalLM.from_pretrained(section.path, dtype=dtype)
+    except (OSError, ValueError) as error:
+        raise FileNotFoundError(
+            f"model.path: {section.path!r} is not a folder with a causal language model, nor can such a model be "
+            f"fetched from the hub ({str(error).splitlines()[0]})"
+        ) from None
+
+
+def _tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
+    source = section.tokenizer or section.path
+    for folder in (source, str(Path(source) / "base")):
+        try:
+            return AutoTokenizer.from_pretrained(folder)
+        except (OSError, ValueError) as failure:
+            error = failure
+    field = "model.tokenizer" if section.tokenizer else "model.path"
+    raise FileNotFoundError(f"{field}: no tokenizer at {source!r} ({str(error).splitlines()[0]})")
+
+
+def _inject_lora(model: PreTrainedModel, config: TrainConfig) -> None:
+    from peft import LoraConfig, inject_adapter_in_model
+
+    if getattr(model, "peft_config", None):
+        return  # the checkpoint brought one; it is trained on
+    section = config.lora
+    targets = section.target_modules
+    if targets == "all-linear":
+        head = model.get_output_embeddings()
+        targets = sorted(
+            {n.rsplit(".", 1)[-1] for n, m in model.named_modules() if _is_linear(m) and m is not head}
+        )
+    lora = LoraConfig(
+        r=section.r,
+        lora_alpha=section.alpha,
+        lora_dropout=section.dropout,
+        target_modules=targets,
+        bias="none",
+    )
+    lora.base_model_name_or_path = model.config._name_or_path
+    try:
+        inject_adapter_in_model(lora, model, adapter_name="lora")
+    except ValueError as error:
+        raise ConfigError(f"lora.target_modules: {str(error).splitlines()[0]}") from None
+
+
+def _is_linear(module: torch.nn.Module) -> bool:
+    return isinstance(module, torch.nn.Linear) or type(module).__name__ == "Conv1D"
+
+
+def check_regime(model: PreTrainedModel, regime: str) -> None:
+    """Raise ConfigError where a regime of the data and the model do not go together."""
+    reads = segment_length(model) is not None
+    if regime == "D" and not reads:
+        raise ConfigError(
+            "data.regime: D asks with memory alone, but this model has no memory that reads; use F"
+        )
+    if regime == "F" and reads:
+        raise ConfigError("data.regime: F is full attention, but this model reads in segments; use W or D")

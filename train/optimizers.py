@@ -1,0 +1,115 @@
+"""Parameter groups, the optimizer and the schedule, and a gradient norm that knows sparse gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+from transformers import get_scheduler
+
+import memlayers as ml
+from memlayers.config import ConfigError
+
+from .config import OptimizerSection, TrainConfig
+
+LORA = ".lora_"
+"""In the names of all parameters that PEFT adds: lora_A, lora_B, lora_embedding_A, lora_magnitude_vector."""
+
+
+def choose_parameters(model: nn.Module, train_what: str) -> None:
+    """Set `requires_grad` of every parameter: memories learn, base or LoRA learn when `train_what` says so.
+
+    Raises:
+        ConfigError: nothing would learn.
+    """
+    memory = {id(parameter) for _, parameter in ml.memory_parameters(model)}
+    for name, parameter in model.named_parameters():
+        if id(parameter) in memory:
+            parameter.requires_grad_(True)
+        elif LORA in name:
+            parameter.requires_grad_(train_what == "memory_and_lora")
+        else:
+            parameter.requires_grad_(train_what == "memory_and_base")
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ConfigError(
+            "train_what: nothing would learn, because the model has no memory and its base is frozen; add a "
+            "memory under memories, or set train_what: memory_and_base"
+        )
+
+
+def parameter_groups(model: nn.Module, config: OptimizerSection) -> list[dict]:
+    """AdamW's groups: memory, base and LoRA, each with and without weight decay. Frozen ones are left out.
+
+    Vectors (norms, biases) have no decay, nor has any parameter of a memory that is used as it stands and not
+    as the matrix of a linear map (the tokens a memory starts from, embeddings, tables).
+    """
+    memory = {id(parameter) for _, parameter in ml.memory_parameters(model)}
+    matrices = {
+        id(module.weight)
+        for module in model.modules()
+        if isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d))
+    }
+    rates = {
+        "memory": config.learning_rate,
+        "base": config.base_learning_rate or config.learning_rate,
+        "lora": config.lora_learning_rate or config.learning_rate,
+    }
+    groups: dict[tuple[str, bool], list] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        part = "memory" if id(parameter) in memory else "lora" if LORA in name else "base"
+        decay = parameter.dim() > 1 and (part != "memory" or id(parameter) in matrices)
+        groups.setdefault((part, decay), []).append((name, parameter))
+    return [
+        {
+            "name": part if decay else f"{part}_no_decay",
+            "params": [parameter for _, parameter in named],
+            "parameter_names": [name for name, _ in named],
+            "lr": rates[part],
+            "weight_decay": config.weight_decay if decay else 0.0,
+        }
+        for (part, decay), named in groups.items()
+    ]
+
+
+def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
+    """AdamW over the parameters that learn."""
+    optimizer = config.optimizer
+    groups = parameter_groups(model, optimizer)
+    return torch.optim.AdamW(groups, betas=tuple(optimizer.betas), eps=optimizer.eps, fused=optimizer.fused)
+
+
+def make_schedule(
+    optimizer: torch.optim.Optimizer, config: TrainConfig
+) -> torch.optim.lr_scheduler.LRScheduler:
+    """The schedule of `transformers` that the config names, over `max_steps`."""
+    kind = "constant_with_warmup" if config.schedule.type == "constant" else config.schedule.type
+    return get_scheduler(kind, optimizer, config.schedule.warmup_steps, config.max_steps)
+
+
+def clip_gradients(parameters: Iterable[nn.Parameter], largest: float | None) -> torch.Tensor:
+    """Scale all gradients in place so that their joint 2-norm is at most `largest`; None only measures.
+
+    `torch.nn.utils.clip_grad_norm_` raises on sparse gradients. Here these are coalesced first, so that a row
+    that was read twice counts once, with the sum of its gradients, as in a dense gradient.
+
+    Returns:
+        The norm before scaling, a float32 scalar on the gradients' device.
+    """
+    values = []
+    for parameter in parameters:
+        if parameter.grad is None:
+            continue
+        if parameter.grad.is_sparse:
+            parameter.grad = parameter.grad.coalesce()
+            values.append(parameter.grad._values())
+        else:
+            values.append(parameter.grad)
+    if not values:
+        return torch.zeros(())
+    norm = torch.nn.utils.get_total_norm(values)
+    if largest is not None:
+        torch._foreach_mul_(values, (largest / (norm + 1e-6)).clamp(max=1.0))
+    return norm

@@ -1,0 +1,343 @@
+"""Train a model with memory, from one YAML file.
+
+    accelerate launch train/run.py --config configs/train/demo_passkey.yaml optimizer.learning_rate=1e-3
+    accelerate launch train/run.py --config configs/train/demo_passkey.yaml --resume
+
+Several processes on a CPU: ACCELERATE_USE_CPU=true torchrun --nproc_per_node 2 train/run.py ... num_processes=2
+
+`output_dir` gets final/ (the trained model), checkpoints/, log.jsonl (the same bit for bit after any number of
+kills and resumes), timing.jsonl, curve.png and what the trackers write.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import math
+import shutil
+import sys
+import time
+from contextlib import nullcontext
+from pathlib import Path
+
+if __name__ == "__main__":  # as a script: no room of ours at the top of the import path, `memlayers` on it
+    sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != Path(__file__).resolve().parent]
+    if importlib.util.find_spec("memlayers") is None:
+        sys.path.append(str(Path(__file__).resolve().parent.parent))
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
+from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration, set_seed, tqdm
+
+from memlayers.config import ConfigError
+from memlayers.train.config import TrainConfig
+from memlayers.train.curriculum import Curriculum
+from memlayers.train.data import loss_weights, make_source
+from memlayers.train.log import Log, draw_curve
+from memlayers.train.model import build_model, check_regime, save_model, segment_length
+from memlayers.train.objective import Objective
+from memlayers.train.optimizers import clip_gradients, make_optimizer, make_schedule
+from memlayers.train.resume import (
+    Progress,
+    clean,
+    complete_checkpoints,
+    load_checkpoint,
+    save_checkpoint,
+    saved_config,
+)
+from memlayers.yaml_config import load_yaml
+
+FREE_ON_RESUME = {
+    "max_steps",
+    "stop_at",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "output_dir",
+    "overwrite",
+    "trackers",
+}
+"""Fields that a resumed run may change."""
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on; the message says what happened and what to do."""
+
+
+def train(config: TrainConfig, resume: bool = False) -> Path:
+    """Run the training that `config` describes.
+
+    Args:
+        config: all of it, see `TrainConfig`.
+        resume: go on from the newest complete checkpoint in `output_dir`, or start where there is none.
+
+    Returns:
+        The folder of the trained model, `output_dir/final`.
+
+    Raises:
+        ConfigError: a field that does not fit the model, the data or the number of processes.
+        FileExistsError: `output_dir` has checkpoints and neither `resume` nor `overwrite` is set.
+        TrainingError: the loss is not finite.
+    """
+    output = Path(config.output_dir)
+    accelerator = start_accelerator(config, output)
+    say = accelerator.print
+    try:
+        checkpoint = prepare_output(config, resume, accelerator)
+
+        # The model, what learns, the data.
+        set_seed(config.seed)
+        model, tokenizer = build_model(config)
+        source = make_source(config, tokenizer, segment_length(model))
+        check_regime(model, source.regime)
+        objective = Objective(
+            model, loss_weights(config.loss, source.has_accuracy), by_item=source.has_accuracy
+        )
+        model.to(accelerator.device)
+        optimizer = make_optimizer(model, config)
+        objective, prepared = accelerator.prepare(objective, optimizer)
+        schedule = make_schedule(optimizer, config)
+        learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        set_seed(config.seed + accelerator.process_index)  # dropout differs between processes
+
+        # Where the run stands.
+        progress = Progress()
+        if checkpoint is not None:
+            progress = load_checkpoint(checkpoint, model, optimizer, schedule, rank=accelerator.process_index)
+            say(f"resuming from {checkpoint} at step {progress.step}")
+        elif resume:
+            say(f"no complete checkpoint in {output / 'checkpoints'}: starting from step 0")
+        curriculum = Curriculum(config, progress)
+        log = timing = None
+        if accelerator.is_main_process:
+            log = Log(output / "log.jsonl", progress.log_offset)
+            timing = open(output / "timing.jsonl", "a" if checkpoint else "w")
+        n_learning = sum(parameter.numel() for parameter in learning)
+        say(f"{n_learning:,} of {sum(p.numel() for p in model.parameters()):,} parameters learn")
+
+        bar = tqdm(
+            total=config.max_steps, initial=progress.step, desc="train", dynamic_ncols=True, mininterval=1.0
+        )
+        last_time, last_tokens = time.perf_counter(), progress.tokens
+        done = progress.step >= config.max_steps or curriculum.reached(config.stop_at)
+        while not done:
+            # Forward and backward, `gradient_accumulation` times.
+            segments = curriculum.draw(progress.step)
+            losses, accuracies = [], []
+            for micro in range(config.gradient_accumulation):
+                position = progress.step * config.gradient_accumulation + micro
+                batch = source.batch(position, accelerator.process_index, accelerator.num_processes, segments)
+                batch = batch.to(accelerator.device)
+                last = micro == config.gradient_accumulation - 1
+                with nullcontext() if last else accelerator.no_sync(objective):
+                    loss, accuracy = objective(batch)
+                    accelerator.backward(loss)
+                losses.append(loss.detach())
+                accuracies.append(accuracy)
+                progress.tokens += batch.n_tokens * accelerator.num_processes
+            norm = clip_gradients(learning, config.clip)
+
+            # One look at the numbers, before the step is taken.
+            measured = torch.stack(
+                [torch.stack(losses).mean(), torch.stack(accuracies).mean().to(loss.dtype)]
+            )
+            loss, accuracy = accelerator.reduce(measured, reduction="mean").tolist()
+            norm = norm.item()
+            if not (math.isfinite(loss) and math.isfinite(norm)):
+                raise TrainingError(
+                    f"step {progress.step + 1}: loss {loss}, gradient norm {norm}; training stopped before this step "
+                    "changed the weights. Lower optimizer.learning_rate, set clip, or add schedule.warmup_steps; "
+                    f"the checkpoints in {output / 'checkpoints'} are as they were."
+                )
+            rate = optimizer.param_groups[0]["lr"]
+            prepared.step()
+            schedule.step()
+            prepared.zero_grad(set_to_none=True)
+            progress.step += 1
+            progress.unlogged.append([loss, accuracy, norm])
+
+            # Curriculum, log, checkpoint.
+            shown = curriculum.stage_segments
+            curriculum.update(segments, accuracy)
+            done = progress.step >= config.max_steps or curriculum.reached(config.stop_at)
+            if progress.step % config.log_every == 0 or done:
+                line = log_line(progress, rate, segments=shown)
+                progress.unlogged.clear()
+                now = time.perf_counter()
+                spent, read = now - last_time, progress.tokens - last_tokens
+                last_time, last_tokens = now, progress.tokens
+                accelerator.log(
+                    {k: v for k, v in line.items() if k != "step" and v is not None}, step=progress.step
+                )
+                if accelerator.is_main_process:
+                    log.write(line)
+                    record = {
+                        "step": progress.step,
+                        "seconds": round(spent, 4),
+                        "tokens_per_second": round(read / spent),
+                    }
+                    timing.write(json.dumps(record) + "\n")
+                    timing.flush()
+                shown = {"loss": f"{line['loss']:.3f}", "acc": f"{line['accuracy']:.2f}"}
+                bar.set_postfix({**shown, "segments": line["stage_segments"]}, refresh=False)
+            bar.update()
+            if done or (config.checkpoint_every and progress.step % config.checkpoint_every == 0):
+                progress.log_offset = log.sync() if log else 0
+                save_checkpoint(
+                    output / "checkpoints",
+                    progress,
+                    model,
+                    optimizer,
+                    schedule,
+                    config=config.model_dump(mode="json"),
+                    keep=config.keep_checkpoints,
+                    rank=accelerator.process_index,
+                    barrier=accelerator.wait_for_everyone,
+                )
+        bar.close()
+
+        # The trained model and the picture.
+        final = output / "final"
+        if accelerator.is_main_process:
+            log.close()
+            timing.close()
+            if final.exists():
+                shutil.rmtree(final)
+            save_model(model, tokenizer, config, final)
+            draw_curve(output / "log.jsonl", output / "curve.png")
+        accelerator.wait_for_everyone()
+        say(f"trained to step {progress.step}; the model is in {final}")
+        return final
+    finally:
+        accelerator.end_training()
+        AcceleratorState._reset_state()  # so that another run in this process may choose another precision
+        GradientState._reset_state()
+
+
+def start_accelerator(config: TrainConfig, output: Path) -> Accelerator:
+    """The accelerator, checked against the config, with its trackers started.
+
+    Raises:
+        ConfigError: another number of processes than configured, or a tracker that is not installed.
+    """
+    AcceleratorState._reset_state()
+    accelerator = Accelerator(
+        mixed_precision=config.precision,
+        gradient_accumulation_steps=config.gradient_accumulation,
+        log_with=config.trackers or None,
+        project_config=ProjectConfiguration(project_dir=str(output), logging_dir=str(output)),
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, find_unused_parameters=True)],
+    )
+    if accelerator.num_processes != config.num_processes:
+        raise ConfigError(
+            f"num_processes: the config says {config.num_processes}, {accelerator.num_processes} started. On a CPU "
+            "start several with ACCELERATE_USE_CPU=true torchrun --nproc_per_node N train/run.py ..., because "
+            "`accelerate launch --cpu --num_processes N` starts one"
+        )
+    missing = set(config.trackers) - {str(getattr(t, "value", t)) for t in accelerator.log_with}
+    if missing:
+        raise ConfigError(f"trackers: {', '.join(sorted(missing))} cannot be used here; install it first")
+    return accelerator
+
+
+def prepare_output(config: TrainConfig, resume: bool, accelerator: Accelerator) -> Path | None:
+    """Make `output_dir` ready; returns the checkpoint to resume from, if any.
+
+    Raises:
+        FileExistsError: there are checkpoints, and neither `resume` nor `overwrite`.
+        ConfigError: the checkpoint was written with another config.
+    """
+    output, found = Path(config.output_dir), None
+    folder = output / "checkpoints"
+    if output.exists() and not output.is_dir():
+        raise ConfigError(f"output_dir: {output} is a file, not a folder")
+    present = complete_checkpoints(folder)
+    if present and not resume and not config.overwrite:
+        raise FileExistsError(
+            f"{folder} already has {len(present)} checkpoints. Go on with --resume, start anew with overwrite=true, "
+            "or choose another output_dir."
+        )
+    if resume and present:
+        found = present[-1]
+        compare_configs(saved_config(found), config.model_dump(mode="json"), found)
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        if found is None:
+            for name in ("checkpoints", "final"):
+                shutil.rmtree(output / name, ignore_errors=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        clean(folder)
+    accelerator.wait_for_everyone()
+    if config.trackers:
+        accelerator.init_trackers("memlayers", config=flat(config.model_dump(mode="json")))
+    return found
+
+
+def compare_configs(saved: dict, now: dict, checkpoint: Path) -> None:
+    """Raise ConfigError when a run would go on with another config than it began with; names the fields."""
+    saved, now = flat(saved), flat(now)
+    free = FREE_ON_RESUME if now["schedule.type"] == "constant" else FREE_ON_RESUME - {"max_steps"}
+    differ = [
+        k
+        for k in sorted(saved.keys() | now.keys())
+        if k.split(".")[0] not in free and saved.get(k) != now.get(k)
+    ]
+    if differ:
+        told = "; ".join(f"{k} was {saved.get(k)}, is {now.get(k)}" for k in differ)
+        raise ConfigError(
+            f"{differ[0]}: {checkpoint} was written with another config ({told}); start a new output_dir"
+        )
+
+
+def flat(data: dict, prefix: str = "") -> dict:
+    """Nested mappings as one, with dotted keys and plain values (what trackers take)."""
+    out = {}
+    for key, value in data.items():
+        if isinstance(value, dict) and value:
+            out.update(flat(value, f"{prefix}{key}."))
+        else:
+            out[f"{prefix}{key}"] = (
+                value if isinstance(value, int | float | str | bool) else json.dumps(value)
+            )
+    return out
+
+
+def log_line(progress: Progress, rate: float, segments: int | None) -> dict:
+    """Means since the last line. No times here: the log of a resumed run is the same bit for bit."""
+    loss, accuracy, norm = (sum(column) / len(column) for column in zip(*progress.unlogged))
+    return {
+        "step": progress.step,
+        "loss": loss,
+        "accuracy": accuracy,
+        "gradient_norm": norm,
+        "learning_rate": rate,
+        "stage_segments": segments,
+        "tokens": progress.tokens,
+    }
+
+
+def main() -> int:
+    """Command line; errors are one paragraph unless --debug."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--config", required=True, help="YAML file with the fields of memlayers.train.config.TrainConfig"
+    )
+    parser.add_argument("--resume", action="store_true", help="go on from the newest complete checkpoint")
+    parser.add_argument("--debug", action="store_true", help="show tracebacks")
+    parser.add_argument("overrides", nargs="*", help="key.sub=value, laid over the file")
+    arguments = parser.parse_intermixed_args()
+    try:
+        train(load_yaml(arguments.config, arguments.overrides, TrainConfig), resume=arguments.resume)
+    except (ValueError, TypeError, OSError, NotImplementedError, TrainingError) as error:
+        if arguments.debug:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
