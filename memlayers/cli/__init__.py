@@ -1,0 +1,30 @@
+"""`memlayers` on the command line: wrap | train | eval | demo | inspect. One file a command."""
+
+import typer
+
+from memlayers.cli.demo import demo
+from memlayers.cli.evaluate import evaluate
+from memlayers.cli.inspect import inspect
+from memlayers.cli.train import train
+from memlayers.cli.wrap import wrap
+
+app = typer.Typer(
+    name="memlayers",
+    help="Memory for Hugging Face causal language models: wrap a checkpoint, train it, measure what it "
+    "remembers. Each command explains itself: memlayers train --help.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command("wrap")(wrap)
+app.command("train")(train)
+app.command("eval")(evaluate)
+app.command("demo")(demo)
+app.command("inspect")(inspect)
+
+
+@app.callback()
+def main() -> None:
+    """The callback keeps `memlayers COMMAND` the form of every call."""

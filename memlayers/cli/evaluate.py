@@ -1,0 +1,89 @@
+"""`memlayers eval`: suites of generated items, asked of all arms and controls; and the tables that show it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from memlayers.cli.common import Debug, command, quiet
+
+
+@command
+def evaluate(
+    config: Annotated[
+        Path,
+        typer.Option(
+            "--config", "-c", help="YAML file of the evaluation; see configs/eval.", show_default=False
+        ),
+    ],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(help="Fields to set over the file: model=runs/mine/final suites.passkey.n=100."),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", "-o", help="Folder of the report; default: runs/eval/NAME-OF-CONFIG."),
+    ] = None,
+    debug: Debug = False,
+) -> None:
+    """Measure what a model remembers: passkeys and needles, length by depth, with arms and controls.
+
+    The trained model is asked beside its base, the base cut to the same window, the model with its memory
+    off, and the same memory untrained, all on the same items. Controls: no needle in the text, the state of
+    another item, a zeroed state, the question alone.
+
+    Regimes: F, all of the text in attention; W, attention limited to the window; D, the text is written to
+    memory, the cache dropped, and the question asked of the memory state. A cell that cannot be measured is
+    reported as not run, with the reason.
+
+    OUT gets report.json, samples.jsonl, report.md and a heatmap for each suite.
+    """
+    quiet()
+    from rich.console import Console
+
+    from memlayers.eval.config import load_config
+
+    checked = load_config(config, overrides or [])
+    from memlayers.eval.run import evaluate as run
+
+    out = out or Path("runs/eval") / config.stem
+    report = run(checked, out)
+    console = Console()
+    for table in tables(report):
+        console.print(table)
+    console.print(f"wrote {out / 'report.json'} and what lies beside it", soft_wrap=True)
+
+
+def tables(report: dict):
+    """Rich tables of a report: for each suite and regime, lengths down and arms and controls across."""
+    from rich.table import Table
+
+    window = report["config"]["window"]
+    for suite, regimes in report["results"].items():
+        for regime, lengths in regimes.items():
+            controls = report["controls"].get(suite, {}).get(regime, {})
+            rows = {length: {**arms, **controls.get(length, {})} for length, arms in lengths.items()}
+            names = list(dict.fromkeys(name for row in rows.values() for name in row))
+            table = Table(
+                title=f"{suite}, regime {regime} (window {window} tokens)",
+                caption="exact match [95 % Wilson interval], n questions a cell",
+            )
+            table.add_column("length", justify="right")
+            for name in names:
+                table.add_column(name.replace("_", " "), justify="center")
+            table.add_column("n", justify="right")
+            for length, row in rows.items():
+                counts = sorted({cell["n"] for cell in row.values() if cell.get("n")})
+                table.add_row(
+                    length, *(cell_text(row.get(name)) for name in names), ", ".join(map(str, counts))
+                )
+            yield table
+
+
+def cell_text(cell: dict | None) -> str:
+    """`0.98 [0.95 0.99]`, or a dash where the cell was not measured (report.json has the reason)."""
+    if cell is None or "accuracy" not in cell or cell["accuracy"] is None:
+        return "–"
+    return f"{cell['accuracy']:.2f}\n[{cell['ci_low']:.2f} {cell['ci_high']:.2f}]"
