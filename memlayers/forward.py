@@ -211,7 +211,7 @@ def check_state(reading: dict[str, Memory], state: MemoryState | None, batch_siz
     if state.batch_size != batch_size:
         raise ValueError(
             f"the memory state has {state.batch_size} rows, the input {batch_size}; state.select([...]) takes "
-            "or repeats rows"
+            "rows, and state.repeat_interleave(n) makes them fit num_beams=n or num_return_sequences=n"
         )
     if not {*reading, PENDING} <= set(state.fields):
         have = sorted(set(state.fields) - {PENDING})

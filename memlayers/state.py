@@ -74,6 +74,10 @@ class MemoryState:
             raise IndexError(f"row {int(index.max())} of a MemoryState with {self.batch_size} rows")
         return self._map(lambda t: t.index_select(0, index.to(t.device)))
 
+    def repeat_interleave(self, repeats: int) -> MemoryState:
+        """Each row `repeats` times, as `generate` lays out beams and returned sequences."""
+        return self._map(lambda t: t.repeat_interleave(repeats, dim=0))
+
     def zeros_like(self) -> MemoryState:
         """The state with every floating-point tensor at zero: the control "zeroed memory"."""
         return self._map(lambda t: torch.zeros_like(t) if t.is_floating_point() else t.clone())
@@ -202,8 +206,10 @@ class MemoryCache(Cache):
     def batch_repeat_interleave(self, repeats: int) -> None:
         if self.window is not None:
             self.window.batch_repeat_interleave(repeats)
-        if self.batch_size > 0:
-            self._rows(torch.arange(self.batch_size).repeat_interleave(repeats))
+        if self.memory_state is not None:
+            self.memory_state = self.memory_state.repeat_interleave(repeats)
+        if self.window_mask is not None:
+            self.window_mask = self.window_mask.repeat_interleave(repeats, dim=0)
 
     def reset(self) -> None:
         self.__init__()
