@@ -131,11 +131,12 @@ def heatmap(report: dict, suite: str, path: str | Path) -> None:
                 for d in depths
             ]
             values = [[float("nan") if cell is None else cell["accuracy"] for cell in line] for line in grid]
-            image = ax.imshow(values, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
+            image = ax.imshow(values, vmin=0, vmax=1, cmap="viridis", aspect="auto")
             for y, line in enumerate(grid):
                 for x, cell in enumerate(line):
                     text = "not run" if cell is None else f"{cell['accuracy']:.2f}\nn={cell['n']}"
-                    ax.text(x, y, text, ha="center", va="center", fontsize=7)
+                    colour = "white" if cell is not None and cell["accuracy"] < 0.6 else "black"
+                    ax.text(x, y, text, ha="center", va="center", fontsize=7, color=colour)
             ax.set_xticks(range(len(lengths)), lengths)
             ax.set_yticks(range(len(depths)), depths)
             ax.set_xlabel("length (tokens)")
