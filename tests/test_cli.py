@@ -2,6 +2,9 @@
 
 import json
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +14,7 @@ from typer.testing import CliRunner
 import memlayers as ml
 from memlayers.cli import app
 
+ROOT = Path(__file__).resolve().parent.parent
 COMMANDS = ["wrap", "train", "eval", "demo", "inspect"]
 
 
@@ -190,3 +194,61 @@ def test_misspelt_override_of_an_evaluation(tmp_path):
     config.write_text("model: x\nsuites:\n  passkey: {task: {type: passkey}, lengths: [32]}\n")
     code, _, err = run("eval", "--config", config, "suites.passkey.lenghts=[64]")
     assert code == 1 and "error suites.passkey.lenghts:" in err and "did you mean 'lengths'" in err
+
+
+@pytest.fixture
+def short_training(tmp_path):
+    """Overrides that make a training of the demo's config last three steps."""
+    folder = tmp_path / "train"
+    return folder, [
+        "max_steps=3",
+        "batch_size=4",
+        "checkpoint_every=null",
+        "trackers=[]",
+        f"output_dir={folder}",
+    ]
+
+
+def test_train_then_eval(short_training, tmp_path, monkeypatch):
+    """The committed demo configs, from the root of the repository, cut short."""
+    monkeypatch.chdir(ROOT)
+    folder, overrides = short_training
+    code, _, err = run("train", "--config", "configs/train/demo_passkey.yaml", *overrides)
+    assert code == 0, err
+    assert (folder / "curve.png").is_file()
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    assert lines[-1]["step"] == 3
+
+    again, _, err = run("train", "--config", "configs/train/demo_passkey.yaml", *overrides)
+    assert again == 1 and "--resume" in err and "Traceback" not in err
+
+    asked = [f"model={folder / 'final'}", "suites.passkey.windows=[1,2]", "suites.passkey.n=5"]
+    code, said, err = run("eval", "-c", "configs/eval/demo.yaml", "--out", tmp_path / "report", *asked)
+    assert code == 0, err
+    report = json.loads((tmp_path / "report" / "report.json").read_text())
+    assert report["results"]["passkey"]["D"]["64"]["trained"]["n"] == 5
+    assert "passkey, regime D (window 32 tokens)" in said and "shuffled memory" in said
+
+
+@pytest.mark.slow
+def test_train_in_two_processes(short_training):
+    """--num-processes starts two, and the run itself checks that two came."""
+    folder, overrides = short_training
+    command = [sys.executable, "-c", "from memlayers.cli import app; app()"]
+    command += ["train", "--config", "configs/train/demo_passkey.yaml", "--num-processes", "2", *overrides]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert (folder / "final" / "memory.safetensors").is_file()
+
+
+def test_demo_leaves_report_and_picture(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    out = tmp_path / "demo"
+    short = ["max_steps=2", "batch_size=4", "checkpoint_every=null", "trackers=[]"]
+    code, said, err = run("demo", *short, "--out", out, "--items", 2)
+    assert code == 0, err
+    assert (out / "passkey.png").stat().st_size > 1000
+    report = json.loads((out / "report.json").read_text())
+    assert report["config"]["window"] == 32
+    assert {"32", "256"} <= set(report["results"]["passkey"]["D"])
+    assert "regime D" in said and str(out / "report.json").replace(" ", "") in said.replace(" ", "")

@@ -78,12 +78,14 @@ def test_beside_a_package_called_kernels(tmp_path):
     other = tmp_path / "site" / "kernels"
     other.mkdir(parents=True)
     (other / "__init__.py").write_text("WHO = 'the other package'\n")
-    for path in ([ROOT, other.parent], [other.parent, ROOT]):
-        for order in ("import kernels, memlayers.kernels", "import memlayers.kernels, kernels"):
-            code = f"{order}\nprint(kernels.WHO); print(list(memlayers.kernels.__path__))"
-            who, ours = python(code, path, tmp_path).strip().split("\n")
-            assert who == "the other package"
-            assert ours == str([str(ROOT / "kernels")])
+    for path, order in (
+        ([ROOT, other.parent], "import kernels, memlayers.kernels"),
+        ([other.parent, ROOT], "import memlayers.kernels, kernels"),
+    ):
+        code = f"{order}\nprint(kernels.WHO); print(list(memlayers.kernels.__path__))"
+        who, ours = python(code, path, tmp_path).strip().split("\n")
+        assert who == "the other package"
+        assert ours == str([str(ROOT / "kernels")])
 
 
 @pytest.mark.skipif(not installed("kernels"), reason="the pip package `kernels` is not installed")

@@ -15,7 +15,10 @@ from memlayers.cli.common import Debug, command, packaged, quiet
 def demo(
     overrides: Annotated[
         list[str] | None,
-        typer.Argument(help="Fields of the training to set over configs/train/demo_passkey.yaml."),
+        typer.Argument(
+            metavar="KEY=VALUE",
+            help="Fields of the training to set over configs/train/demo_passkey.yaml.",
+        ),
     ] = None,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for everything the demo leaves.")] = Path(
         "runs/demo"

@@ -20,7 +20,10 @@ def evaluate(
     ],
     overrides: Annotated[
         list[str] | None,
-        typer.Argument(help="Fields to set over the file: model=runs/mine/final suites.passkey.n=100."),
+        typer.Argument(
+            metavar="KEY=VALUE",
+            help="Fields to set over the file: model=runs/mine/final suites.passkey.n=100.",
+        ),
     ] = None,
     out: Annotated[
         Path | None,

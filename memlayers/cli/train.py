@@ -21,7 +21,10 @@ def train(
     ],
     overrides: Annotated[
         list[str] | None,
-        typer.Argument(help="Fields to set over the file: optimizer.learning_rate=1e-3 data.regime=W."),
+        typer.Argument(
+            metavar="KEY=VALUE",
+            help="Fields to set over the file: optimizer.learning_rate=1e-3 data.regime=W.",
+        ),
     ] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from the newest complete checkpoint in output_dir.")

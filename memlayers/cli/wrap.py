@@ -13,7 +13,10 @@ from memlayers.cli.common import Debug, command, load_base, quiet
 @command
 def wrap(
     base: Annotated[
-        str, typer.Argument(help="A causal language model: a folder in the Hugging Face format or a hub id.")
+        str,
+        typer.Argument(
+            metavar="BASE", help="A causal language model: a folder in the Hugging Face format or a hub id."
+        ),
     ],
     config: Annotated[
         Path,
@@ -24,7 +27,9 @@ def wrap(
     ],
     overrides: Annotated[
         list[str] | None,
-        typer.Argument(help="Fields to set over the file, such as memories.stream.n_tokens=8."),
+        typer.Argument(
+            metavar="KEY=VALUE", help="Fields to set over the file, such as memories.stream.n_tokens=8."
+        ),
     ] = None,
     save_base: Annotated[
         bool, typer.Option("--save-base", help="Copy the base and its tokenizer into OUT/base too.")
