@@ -9,6 +9,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from memlayers.config import Strict
+from memlayers.eval.perplexity import PerplexityConfig
 from memlayers.tasks import TaskConfig
 from memlayers.yaml_config import load_yaml
 
@@ -59,7 +60,8 @@ class EvalConfig(Strict):
 
     model: folder or hub id of a wrapped checkpoint (`memlayers.save`) or of a plain one. base: the checkpoint
     of the base arms; default: the one recorded in the wrapped checkpoint, that is the original one, also when
-    the base was trained along. tokenizer: default: the model's, else the base's. window: tokens of the cut
+    the base was trained along. perplexity: also measure it on
+    unseen prose. tokenizer: default: the model's, else the base's. window: tokens of the cut
     arms; default: the tokens attention can reach in the wrapped model. margin: tokens generated past the
     answer's length.
     """
@@ -68,10 +70,11 @@ class EvalConfig(Strict):
     base: str | None = None
     tokenizer: str | None = None
     suites: dict[str, SuiteConfig] = Field(min_length=1)
+    perplexity: PerplexityConfig | None = None
     arms: list[Arm] = Field(list(ARMS))
     controls: list[Control] = Field(list(CONTROLS))
     window: int | None = Field(None, ge=1)
-    batch_size: int = Field(32, ge=1)
+    batch_size: int = Field(64, ge=1)
     margin: int = Field(4, ge=0)
     seed: int = Field(0, ge=0)
     resamples: int = Field(2000, ge=100)

@@ -172,6 +172,8 @@ def markdown(report: dict) -> str:
             lines += _gain_table(report["gain"].get(suite, {}).get(regime, {}))
             lines += _substring_line(report["substring"].get(suite, {}).get(regime, {}))
             lines += _reasons({**cells}, report["controls"].get(suite, {}).get(regime, {}))
+    if "perplexity" in report:
+        lines += _perplexity_table(report["perplexity"], config["perplexity"])
     versions = ", ".join(f"{name} {value}" for name, value in report["versions"].items())
     lines += ["", f"{versions}. {report['wall_s']:.0f} s.", ""]
     return "\n".join(lines)
@@ -204,6 +206,22 @@ def _gain_table(gains: dict) -> list[str]:
         bounds = "one haystack" if low is None else f"[{low:+.3f}, {high:+.3f}]"
         p, adjusted = f"{cell['p_mcnemar']:.2g}", f"{cell['p_holm']:.2g}"
         lines.append(f"| {length} | {cell['gain']:+.3f} | {bounds} | {p} | {adjusted} |")
+    return lines
+
+
+def _perplexity_table(cells: dict, block: dict) -> list[str]:
+    lines = [
+        "",
+        f"## Perplexity on unseen prose ({Path(block['file']).name}, {block['windows']} windows a sequence)",
+        "",
+    ]
+    lines += ["| arm | perplexity | 95 % interval | tokens |", "|---|---|---|---|"]
+    for arm, cell in cells.items():
+        if "not_run" in cell:
+            lines.append(f"| {arm} | not run: {cell['not_run']} | | |")
+        else:
+            bounds = f"[{cell['ci_low']:.2f}, {cell['ci_high']:.2f}]"
+            lines.append(f"| {arm} | {cell['perplexity']:.2f} | {bounds} | {cell['tokens']:,} |")
     return lines
 
 

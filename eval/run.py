@@ -16,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 import memlayers as ml
 from memlayers.config import validate
+from memlayers.eval import perplexity
 from memlayers.eval.config import ARMS, CONTROLS, EvalConfig, SuiteConfig, load_config
 from memlayers.eval.models import IN_MEMORY, FromCheckpoint, InMemory, describe
 from memlayers.eval.plan import Plan
@@ -84,10 +85,15 @@ def _evaluate(source, tokenizer, config: EvalConfig, output_dir: str | Path | No
     skipped = {(s.suite, s.regime, s.length, s.name): s.reason for s in plan.skipped}
     records: dict[tuple, list[dict]] = defaultdict(list)
 
-    with _bar(sum(job.n_answers for job in plan.jobs), progress) as advance:
+    prose, perplexities, n_prose = None, {}, 0
+    if config.perplexity is not None:
+        prose = perplexity.unseen_prose(config.perplexity, tokenizer, window)
+        n_prose = len(prose) * len(ARMS)
+    with _bar(sum(job.n_answers for job in plan.jobs) + n_prose, progress) as advance:
         for stage in STAGES:
             jobs = [job for job in plan.jobs if job.stage == stage]
-            if jobs:
+            measured = prose is not None and stage not in source.missing
+            if jobs or measured:
                 model = model if stage == "trained" else getattr(source, stage)()
                 asker = Asker(model, tokenizer, config.batch_size, config.margin, advance)
             for job in jobs:
@@ -107,11 +113,17 @@ def _evaluate(source, tokenizer, config: EvalConfig, output_dir: str | Path | No
                         records[key] = [
                             {"suite": key[0], "regime": regime, **row, "arm": name} for row in scored
                         ]
+            if measured:
+                perplexities |= perplexity.measure(
+                    model, stage, prose, window, config.batch_size, config.seed, advance
+                )
             model = asker = None
             gc.collect()
 
     lengths = {name: [items.length for items in per_length] for name, per_length in suites.items()}
     report = build_report(config, window, lengths, records, skipped)
+    if perplexities:
+        report["perplexity"] = {arm: perplexities[arm] for arm in ARMS if arm in perplexities}
     report["versions"] = {**_versions(), **where}
     report["wall_s"] = round(time.perf_counter() - started, 2)
     samples = [row for key in sorted(records, key=_order) for row in records[key]]
