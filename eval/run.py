@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 import memlayers as ml
-from memlayers.config import validate
+from memlayers.config import ConfigError, validate
 from memlayers.eval import perplexity
 from memlayers.eval.config import ARMS, CONTROLS, EvalConfig, SuiteConfig, load_config
 from memlayers.eval.models import IN_MEMORY, FromCheckpoint, InMemory, describe
@@ -24,6 +24,7 @@ from memlayers.eval.regimes import Asker, Predictions
 from memlayers.eval.report import build_report, write_report
 from memlayers.eval.suites import Items, make_items
 from memlayers.eval.suites.scoring import exact, substring
+from memlayers.model import max_positions
 
 STAGES = ("trained", "base", "untrained")
 
@@ -78,6 +79,9 @@ def _evaluate(source, tokenizer, config: EvalConfig, output_dir: str | Path | No
         raise ValueError(
             "the model's config names no limit of positions: give window= for the arms that are cut."
         )
+    positions = max_positions(model)
+    if positions is not None and window > positions:
+        raise ConfigError(f"window: {window} tokens are more than the model's {positions} positions.")
     suites = {
         name: make_items(suite, tokenizer, window, config.seed) for name, suite in config.suites.items()
     }

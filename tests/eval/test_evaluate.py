@@ -141,6 +141,22 @@ def test_longer_than_the_positions_is_not_run_with_the_reason(tiny_llama, tokeni
     assert set(results["257"]["trained"]) == CELL
 
 
+def test_a_memory_that_outgrows_the_positions_is_not_run_with_the_reason(tiny_llama, tokenizer):
+    config = ml.MemoryTokensConfig(n_tokens=16, segment_length=32, mode="accumulate")
+    ml.attach(tiny_llama, config, name="stream")
+    suites = {"passkey": {**PASSKEY, "lengths": [64, 900], "n": 2, "regimes": ["D"]}}
+    report = evaluate_model(tiny_llama, tokenizer, suites)
+    cells = report["results"]["passkey"]["D"]
+    assert set(cells["64"]["trained"]) == CELL
+    assert "256" in cells["900"]["trained"]["not_run"] and "256" in cells["900"]["untrained"]["not_run"]
+    assert "not_run" in report["controls"]["passkey"]["D"]["900"]["no_needle"]
+
+
+def test_a_window_past_the_positions_is_an_error(tiny_llama, tokenizer):
+    with pytest.raises(ConfigError, match="window: 500 tokens are more than the model's 256 positions"):
+        evaluate_model(tiny_llama, tokenizer, {"passkey": PASSKEY}, window=500)
+
+
 def test_too_short_a_length_is_not_run_with_the_reason(tiny_llama, tokenizer):
     suites = {"passkey": {**PASSKEY, "lengths": [10], "n": 2}}
     report = evaluate_model(attach(tiny_llama), tokenizer, suites)
