@@ -18,7 +18,7 @@ from transformers.cache_utils import Cache
 
 from . import segments
 from .memory import Memory
-from .model import max_positions, segmented
+from .model import decoder_layers, decoder_of, max_positions, segmented
 from .state import PENDING, MemoryCache, MemoryState
 
 if TYPE_CHECKING:
@@ -111,6 +111,7 @@ def _model_forward(self, *args, memory_state=None, close_memory=False, write_mem
     checkpointing = self.training and getattr(self, "is_gradient_checkpointing", False)
     cache.request = segments.Request(
         memories=reading,
+        layers=decoder_layers(decoder_of(self)),
         write=not decoding or any(m.config.write_while_decoding for m in reading.values()),
         close=close_memory,
         keep_window=bool(use_cache) and not checkpointing,

@@ -26,8 +26,8 @@ class Memory(nn.Module):
     """Tokens per segment for kinds that read a long input in segments, None for the others."""
     n_extra_tokens: int = 0
     """Tokens that such a kind adds to a segment."""
-    write_layer: int | None = None
-    """Decoder layer whose output such a kind writes from; None for the last hidden states."""
+    write_layer: int = -1
+    """Decoder layer whose output such a kind writes from."""
 
     def __init__(self, config: MemoryConfig):
         super().__init__()

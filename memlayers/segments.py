@@ -11,10 +11,12 @@ Rows of different length are lined up at the end, so that all open segments run 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 from transformers.cache_utils import DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
@@ -28,6 +30,7 @@ class Request:
 
     Attributes:
         memories: the enabled memories that read in segments, all of one `segment_length`.
+        layers: the decoder's layers, from whose outputs memory is written.
         write: write full segments; False while decoding.
         close: also write the open segment at the end of the call.
         keep_window: keep keys and values of the open segment for the next call.
@@ -35,6 +38,7 @@ class Request:
     """
 
     memories: Mapping[str, Memory]
+    layers: nn.ModuleList
     write: bool = True
     close: bool = False
     keep_window: bool = False
@@ -143,8 +147,8 @@ def _one_segment(forward, segment, segment_mask, fields, request: Request, write
     """[read ; segment ; write] through the decoder.
 
     Returns:
-        hidden states of the segment (the last layer's, then all layers' if asked for), the memories' new
-        fields, and the mask of the sequence as it ran.
+        hidden states of the segment (the last ones, then those of all layers if asked for), the memories'
+        new fields, and the mask of the sequence as it ran.
     """
     memories, dtype = request.memories, segment.dtype
     reads = [memory.read(fields[name]) for name, memory in memories.items()]
@@ -163,31 +167,47 @@ def _one_segment(forward, segment, segment_mask, fields, request: Request, write
         order = mask.int().argsort(dim=1, stable=True)
         inverse = order.argsort(dim=1)
         sequence, mask = _take(sequence, order), mask.gather(1, order)
-    deep = any(memory.write_layer is not None for memory in memories.values()) and writes
-    kwargs["output_hidden_states"] = asked = kwargs.get("output_hidden_states") or False
-    kwargs["output_hidden_states"] = asked or deep
-    output = forward(
-        inputs_embeds=sequence,
-        attention_mask=_or_none(mask),
-        position_ids=_positions(mask),
-        past_key_values=window,
-        use_cache=window is not None,
-        **kwargs,
-    )
-    layers = [output.last_hidden_state, *(output.hidden_states or ())]
+    with _outputs_of(request.layers, {memory.write_layer for memory in memories.values()}) as written_by:
+        output = forward(
+            inputs_embeds=sequence,
+            attention_mask=_or_none(mask),
+            position_ids=_positions(mask),
+            past_key_values=window,
+            use_cache=window is not None,
+            **kwargs,
+        )
+    shown = [output.last_hidden_state, *(output.hidden_states or ())]
     if inverse is not None:
-        layers = [_take(layer, inverse) for layer in layers]
+        shown = [_take(hidden, inverse) for hidden in shown]
+        written_by = {layer: _take(hidden, inverse) for layer, hidden in written_by.items()}
 
     start = sum(tokens.shape[1] for tokens, _ in reads)
     stop = start + segment.shape[1]
     active, new_fields = segment_mask.any(1), dict(fields)
     for (name, memory), writer in zip(memories.items(), writers, strict=False):
-        source = layers[0] if memory.write_layer is None else layers[memory.write_layer + 2]
-        written, stop_of = source[:, stop : stop + writer.shape[1]], stop + writer.shape[1]
+        written = written_by[memory.write_layer][:, stop : stop + writer.shape[1]]
         new_fields[name] = memory.update(fields[name], written, active)
-        stop = stop_of
-    shown = layers if asked else layers[:1]
-    return tuple(layer[:, start : start + segment.shape[1]] for layer in shown), new_fields, mask
+        stop += writer.shape[1]
+    return tuple(hidden[:, start : start + segment.shape[1]] for hidden in shown), new_fields, mask
+
+
+@contextlib.contextmanager
+def _outputs_of(layers: nn.ModuleList, chosen: set[int]) -> Iterator[dict[int, torch.Tensor]]:
+    """What the chosen decoder layers give out while the block runs, by layer: (batch, tokens, hidden_size)."""
+    outputs: dict[int, torch.Tensor] = {}
+
+    def keep(index: int):
+        def hook(module, args, output):
+            outputs[index] = output[0] if isinstance(output, tuple) else output
+
+        return hook
+
+    handles = [layers[index].register_forward_hook(keep(index)) for index in chosen]
+    try:
+        yield outputs
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @dataclass

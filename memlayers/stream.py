@@ -9,7 +9,7 @@ from tqdm.auto import tqdm
 
 from . import segments
 from .forward import check_state
-from .model import decoder_of, max_positions, memories, segmented
+from .model import decoder_layers, decoder_of, max_positions, memories, segmented
 from .state import PENDING, MemoryCache, MemoryState
 
 if TYPE_CHECKING:
@@ -68,7 +68,10 @@ def write(
         stop = min(start + step, stream.width)
         ids, mask = stream.columns(start, stop)
         cache.request = segments.Request(
-            reading, close=close or stop < stream.width, max_positions=max_positions(model)
+            reading,
+            decoder_layers(decoder),
+            close=close or stop < stream.width,
+            max_positions=max_positions(model),
         )
         decoder(
             input_ids=ids.to(device), attention_mask=mask.to(device), past_key_values=cache, use_cache=False

@@ -38,7 +38,6 @@ class MemoryTokens(Memory):
             self.write_tokens = nn.Parameter(torch.randn(shape) * embedding_std)
         if config.projection != "none":
             self.norm = nn.RMSNorm(hidden_size, eps=1e-6)
-            nn.init.constant_(self.norm.weight, embedding_std)
         if config.projection == "linear":
             self.proj = nn.Parameter(torch.eye(hidden_size))
 
@@ -49,9 +48,8 @@ class MemoryTokens(Memory):
             some = torch.arange(min(embeddings.num_embeddings, 1000), device=embeddings.weight.device)
             std = embeddings(some).float().std().item()
         memory = cls(config, embeddings.embedding_dim, std)
-        if config.write_layer is not None:
-            n_layers = model.config.get_text_config(decoder=True).num_hidden_layers
-            memory.write_layer = layer_index(config.write_layer, n_layers, "write_layer")
+        n_layers = model.config.get_text_config(decoder=True).num_hidden_layers
+        memory.write_layer = layer_index(config.write_layer, n_layers, "write_layer")
         return memory
 
     def new_state(self, batch_size: int) -> Fields:
@@ -70,7 +68,7 @@ class MemoryTokens(Memory):
         return memory, slot >= memory.shape[1] - length[:, None]
 
     def write_inputs(self, state: Fields) -> torch.Tensor:
-        """Tokens to put after a segment, whose hidden states `update` takes: (batch, n_tokens, hidden_size)."""
+        """Tokens to put after a segment; `update` takes what comes of them: (batch, n_tokens, hidden_size)."""
         if hasattr(self, "write_tokens"):
             return self.write_tokens.expand(state["memory"].shape[0], -1, -1)
         return state["memory"]
@@ -80,7 +78,7 @@ class MemoryTokens(Memory):
 
         Args:
             state: memory before it.
-            hidden: last hidden states of the write tokens, (batch, n_tokens, hidden_size).
+            hidden: what `write_layer` gave out at the write tokens, (batch, n_tokens, hidden_size).
             active: rows (batch,) bool that had a segment; the others keep their memory.
         """
         with torch.autocast(hidden.device.type, enabled=False):
