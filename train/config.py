@@ -176,7 +176,7 @@ class CurriculumSection(Strict):
     @model_validator(mode="after")
     def _rising(self):
         stages = self.stages
-        if not stages or stages[0] < 1 or any(a >= b for a, b in zip(stages, stages[1:])):
+        if not stages or stages[0] < 1 or stages != sorted(set(stages)):
             raise ValueError("segments must be a rising list of numbers from 1")
         return self
 
@@ -250,7 +250,7 @@ class TrainConfig(Strict):
     """
 
     model: ModelSection
-    memories: dict[str, AnyMemoryConfig] = {}
+    memories: dict[str, AnyMemoryConfig] = Field(default_factory=dict)
     train_what: Literal["memory", "memory_and_base", "memory_and_lora"] = "memory"
     lora: LoraSection | None = None
     data: AnyData
@@ -271,7 +271,7 @@ class TrainConfig(Strict):
     keep_checkpoints: int = Field(2, ge=1)
     output_dir: str
     overwrite: bool = False
-    trackers: list[str] = []
+    trackers: list[str] = Field(default_factory=list)
     num_processes: int = Field(1, ge=1)
 
     @model_validator(mode="after")

@@ -25,7 +25,8 @@ class Log:
                 f"{path} has {size} bytes, the checkpoint expects {offset}: the log was cut or deleted; start anew "
                 "with overwrite=true"
             )
-        self.file = open(path, "r+b" if path.exists() else "w+b")
+        path.touch()
+        self.file = path.open("r+b")
         self.file.truncate(offset)
         self.file.seek(offset)
 

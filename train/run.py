@@ -27,38 +27,20 @@ if __name__ == "__main__":  # as a script: no room of ours at the top of the imp
         sys.path.append(str(Path(__file__).resolve().parent.parent))
 
 import torch
-from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
-from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration, set_seed, tqdm
+from accelerate.utils import set_seed, tqdm
 
-from memlayers.config import ConfigError
 from memlayers.train.config import TrainConfig
 from memlayers.train.curriculum import Curriculum
-from memlayers.train.data import loss_weights, make_source
+from memlayers.train.data import loss_weights
 from memlayers.train.log import Log, draw_curve
 from memlayers.train.model import build_model, check_regime, save_model, segment_length
 from memlayers.train.objective import Objective
 from memlayers.train.optimizers import clip_gradients, make_optimizer, make_schedule
-from memlayers.train.resume import (
-    Progress,
-    clean,
-    complete_checkpoints,
-    load_checkpoint,
-    save_checkpoint,
-    saved_config,
-)
+from memlayers.train.resume import Progress, load_checkpoint, save_checkpoint
+from memlayers.train.sources import make_source
+from memlayers.train.start import prepare_output, start_accelerator
 from memlayers.yaml_config import load_yaml
-
-FREE_ON_RESUME = {
-    "max_steps",
-    "stop_at",
-    "checkpoint_every",
-    "keep_checkpoints",
-    "output_dir",
-    "overwrite",
-    "trackers",
-}
-"""Fields that a resumed run may change."""
 
 
 class TrainingError(RuntimeError):
@@ -112,13 +94,12 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
         log = timing = None
         if accelerator.is_main_process:
             log = Log(output / "log.jsonl", progress.log_offset)
-            timing = open(output / "timing.jsonl", "a" if checkpoint else "w")
+            timing = (output / "timing.jsonl").open("a" if checkpoint else "w")
         n_learning = sum(parameter.numel() for parameter in learning)
         say(f"{n_learning:,} of {sum(p.numel() for p in model.parameters()):,} parameters learn")
 
-        bar = tqdm(
-            total=config.max_steps, initial=progress.step, desc="train", dynamic_ncols=True, mininterval=1.0
-        )
+        refresh = 1.0 if sys.stderr.isatty() else 20.0  # seconds; a log file is not filled with bars
+        bar = tqdm(total=config.max_steps, initial=progress.step, desc="train", mininterval=refresh)
         last_time, last_tokens = time.perf_counter(), progress.tokens
         done = progress.step >= config.max_steps or curriculum.reached(config.stop_at)
         while not done:
@@ -213,94 +194,6 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
         accelerator.end_training()
         AcceleratorState._reset_state()  # so that another run in this process may choose another precision
         GradientState._reset_state()
-
-
-def start_accelerator(config: TrainConfig, output: Path) -> Accelerator:
-    """The accelerator, checked against the config, with its trackers started.
-
-    Raises:
-        ConfigError: another number of processes than configured, or a tracker that is not installed.
-    """
-    AcceleratorState._reset_state()
-    accelerator = Accelerator(
-        mixed_precision=config.precision,
-        gradient_accumulation_steps=config.gradient_accumulation,
-        log_with=config.trackers or None,
-        project_config=ProjectConfiguration(project_dir=str(output), logging_dir=str(output)),
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, find_unused_parameters=True)],
-    )
-    if accelerator.num_processes != config.num_processes:
-        raise ConfigError(
-            f"num_processes: the config says {config.num_processes}, {accelerator.num_processes} started. On a CPU "
-            "start several with ACCELERATE_USE_CPU=true torchrun --nproc_per_node N train/run.py ..., because "
-            "`accelerate launch --cpu --num_processes N` starts one"
-        )
-    missing = set(config.trackers) - {str(getattr(t, "value", t)) for t in accelerator.log_with}
-    if missing:
-        raise ConfigError(f"trackers: {', '.join(sorted(missing))} cannot be used here; install it first")
-    return accelerator
-
-
-def prepare_output(config: TrainConfig, resume: bool, accelerator: Accelerator) -> Path | None:
-    """Make `output_dir` ready; returns the checkpoint to resume from, if any.
-
-    Raises:
-        FileExistsError: there are checkpoints, and neither `resume` nor `overwrite`.
-        ConfigError: the checkpoint was written with another config.
-    """
-    output, found = Path(config.output_dir), None
-    folder = output / "checkpoints"
-    if output.exists() and not output.is_dir():
-        raise ConfigError(f"output_dir: {output} is a file, not a folder")
-    present = complete_checkpoints(folder)
-    if present and not resume and not config.overwrite:
-        raise FileExistsError(
-            f"{folder} already has {len(present)} checkpoints. Go on with --resume, start anew with overwrite=true, "
-            "or choose another output_dir."
-        )
-    if resume and present:
-        found = present[-1]
-        compare_configs(saved_config(found), config.model_dump(mode="json"), found)
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        if found is None:
-            for name in ("checkpoints", "final"):
-                shutil.rmtree(output / name, ignore_errors=True)
-        folder.mkdir(parents=True, exist_ok=True)
-        clean(folder)
-    accelerator.wait_for_everyone()
-    if config.trackers:
-        accelerator.init_trackers("memlayers", config=flat(config.model_dump(mode="json")))
-    return found
-
-
-def compare_configs(saved: dict, now: dict, checkpoint: Path) -> None:
-    """Raise ConfigError when a run would go on with another config than it began with; names the fields."""
-    saved, now = flat(saved), flat(now)
-    free = FREE_ON_RESUME if now["schedule.type"] == "constant" else FREE_ON_RESUME - {"max_steps"}
-    differ = [
-        k
-        for k in sorted(saved.keys() | now.keys())
-        if k.split(".")[0] not in free and saved.get(k) != now.get(k)
-    ]
-    if differ:
-        told = "; ".join(f"{k} was {saved.get(k)}, is {now.get(k)}" for k in differ)
-        raise ConfigError(
-            f"{differ[0]}: {checkpoint} was written with another config ({told}); start a new output_dir"
-        )
-
-
-def flat(data: dict, prefix: str = "") -> dict:
-    """Nested mappings as one, with dotted keys and plain values (what trackers take)."""
-    out = {}
-    for key, value in data.items():
-        if isinstance(value, dict) and value:
-            out.update(flat(value, f"{prefix}{key}."))
-        else:
-            out[f"{prefix}{key}"] = (
-                value if isinstance(value, int | float | str | bool) else json.dumps(value)
-            )
-    return out
 
 
 def log_line(progress: Progress, rate: float, segments: int | None) -> dict:

@@ -1,0 +1,89 @@
+"""Wrong fields are named with their full path, before anything is loaded."""
+
+import pytest
+
+import memlayers as ml
+from memlayers.config import validate
+from memlayers.train.config import TrainConfig
+from memlayers.train.run import train
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "told"),
+    [
+        ("batch_sise", 4, "batch_sise: unknown field, did you mean 'batch_size'?"),
+        (
+            "optimizer.learning_rat",
+            0.1,
+            "optimizer.learning_rat: unknown field, did you mean 'learning_rate'?",
+        ),
+        ("batch_size", "four", "batch_size:"),
+        ("batch_size", 4.5, "batch_size:"),
+        ("data.regime", "X", "data.regime:"),
+        ("data.type", "tsak", "data: type 'tsak' is not one of"),
+        ("data.task.digit", 5, "data.task.digit: unknown field, did you mean 'digits'?"),
+        ("memories.stream.n_token", 5, "memories.stream.n_token: unknown field, did you mean 'n_tokens'?"),
+        ("memories.stream.type", "tokns", "memories.stream.type: 'tokns' is not a kind"),
+        ("data.segments", None, "data.segments: give a number of segments here, or a curriculum"),
+        ("train_what", "memory_and_lora", "lora: give this section"),
+        ("curriculum", {"segments": [2, 1]}, "curriculum: segments must be a rising list"),
+        ("curriculum", {"segments": {"start": 3, "stop": 2}}, "stop must not be below start"),
+        ("model", {"config": {"model_type": "llama"}}, "model: a model from config needs tokenizer"),
+        ("model", {}, "model: give either path"),
+    ],
+)
+def test_wrong_field(fields, path, value, told):
+    data = fields()
+    here, (*way, last) = data, path.split(".")
+    for key in way:
+        here = here[key]
+    here[last] = value
+    with pytest.raises(ml.ConfigError) as error:
+        validate(TrainConfig, data)
+    assert told in str(error.value)
+
+
+def test_several_processes_refuse_reentrant_checkpointing(fields):
+    with pytest.raises(ml.ConfigError, match="gradient_checkpointing: reentrant"):
+        validate(TrainConfig, fields(num_processes=2, gradient_checkpointing="reentrant"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"num_processes": 2}, "num_processes: the config says 2, 1 started"),
+        ({"memories": {}}, "data.segment_length: needed"),
+        ({"memories": {}, "train_what": "memory"}, "train_what: nothing would learn"),
+        ({"trackers": ["no_such_tracker"]}, "no_such_tracker"),
+        ({"model": {"path": "/no/such/model"}}, "model.path: no tokenizer at '/no/such/model'"),
+    ],
+)
+def test_what_does_not_fit_together(config, changes, told):
+    with pytest.raises((ml.ConfigError, FileNotFoundError)) as error:
+        train(config(**changes))
+    assert told in str(error.value)
+
+
+def test_regimes_and_models(fields, config):
+    data = fields()["data"]
+    with pytest.raises(ml.ConfigError, match=r"data\.regime: F is full attention"):
+        train(config(data={**data, "regime": "F"}))
+    with pytest.raises(ml.ConfigError, match=r"data\.regime: D asks with memory alone"):
+        train(config(data={**data, "segment_length": 24}, memories={}))
+    with pytest.raises(ml.ConfigError, match="too short"):
+        train(config(data={**data, "segments": 1, "segment_length": 8}))
+    lora = {"target_modules": ["no_such_layer"]}
+    with pytest.raises(ml.ConfigError, match=r"lora\.target_modules"):
+        train(config(train_what="memory_and_lora", lora=lora))
+
+
+def test_the_configs_of_the_repository_are_valid():
+    from pathlib import Path
+
+    from memlayers.yaml_config import load_yaml
+
+    files = sorted((Path(__file__).parents[2] / "configs" / "train").glob("*.yaml"))
+    assert files
+    for file in files:
+        load_yaml(file, [], TrainConfig)
+        assert f"--config configs/train/{file.name}" in file.read_text().split("\nmodel:")[0]

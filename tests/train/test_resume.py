@@ -1,0 +1,192 @@
+"""A run that was interrupted ends where it would have ended, bit for bit."""
+
+import json
+import multiprocessing
+import os
+import random
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import memlayers as ml
+from memlayers.train import run as run_module
+from memlayers.train.resume import complete_checkpoints, random_state, restore_random_state
+from memlayers.train.run import train
+
+
+def remains(out: Path) -> dict[str, bytes]:
+    """Everything that must be equal: log, newest checkpoint, final model. Configs differ in output_dir."""
+    newest = complete_checkpoints(out / "checkpoints")[-1]
+    files = [out / "log.jsonl", *newest.iterdir(), *(p for p in (out / "final").rglob("*") if p.is_file())]
+    found = {str(path.relative_to(out)): path.read_bytes() for path in files}
+    for name in found:
+        if name.endswith("state.json"):
+            state = json.loads(found[name])
+            state["config"] = None
+            found[name] = json.dumps(state).encode()
+    return {name: content for name, content in found.items() if not name.endswith("COMPLETE")}
+
+
+def assert_equal(a: Path, b: Path) -> None:
+    one, two = remains(a), remains(b)
+    assert one.keys() == two.keys()
+    assert [name for name in one if one[name] != two[name]] == []
+
+
+def varied(fields, out, **changes) -> dict:
+    """A run in which every kind of state matters: dropout, curriculum, schedule, averages over log_every."""
+    data = {k: v for k, v in fields()["data"].items() if k != "segments"}
+    data["task"] = {"type": "passkey", "digits": 1}
+    return {
+        "data": data,
+        "curriculum": {"segments": [2, 3, 4], "threshold": 0.1, "window": 2},
+        "schedule": {"type": "linear", "warmup_steps": 3},
+        "output_dir": str(out),
+        "max_steps": 40,
+        "log_every": 3,
+        "checkpoint_every": 4,
+        **changes,
+    }
+
+
+@pytest.mark.parametrize("interrupted_at", [4, 17])
+def test_interrupted_equals_uninterrupted(config, fields, tmp_path, monkeypatch, interrupted_at):
+    train(config(**varied(fields, tmp_path / "straight")))
+    broken = config(**varied(fields, tmp_path / "broken"))
+
+    def stop(*args, draw=run_module.Curriculum.draw):
+        if args[1] == interrupted_at:
+            raise KeyboardInterrupt
+        return draw(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run_module.Curriculum, "draw", stop)
+        with pytest.raises(KeyboardInterrupt):
+            train(broken)
+    torch.rand(7), random.random()
+    train(broken, resume=True)
+    stages = {json.loads(line)["stage_segments"] for line in (tmp_path / "broken" / "log.jsonl").open()}
+    assert len(stages) > 1
+    assert_equal(tmp_path / "straight", tmp_path / "broken")
+
+
+def wait_for(condition, process, what: str, seconds: float = 90.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert process.is_alive(), f"the run ended before {what}"
+        assert time.monotonic() < end, f"no {what} in {seconds} s"
+        time.sleep(0.0005)
+
+
+def kill_after_steps(process, out: Path, steps: int) -> None:
+    """SIGKILL some time after `steps` further steps."""
+
+    def taken() -> int:
+        return len((out / "timing.jsonl").read_text().splitlines()) if (out / "timing.jsonl").exists() else 0
+
+    before = taken()
+    wait_for(lambda: taken() >= before + steps, process, f"{steps} steps")
+    time.sleep(random.random() * 0.02)
+    os.kill(process.pid, signal.SIGKILL)
+
+
+def kill_in_checkpoint(process, out: Path) -> None:
+    """SIGKILL while a checkpoint is half-written: stop the process, look, and go on if it was already done."""
+
+    def half_written() -> bool:
+        if not list((out / "checkpoints").glob(".tmp-*")):
+            return False
+        os.kill(process.pid, signal.SIGSTOP)
+        time.sleep(0.01)
+        if list((out / "checkpoints").glob(".tmp-*")):
+            return True
+        os.kill(process.pid, signal.SIGCONT)
+        return False
+
+    wait_for(half_written, process, "half-written checkpoint")
+    os.kill(process.pid, signal.SIGKILL)
+
+
+@pytest.mark.slow
+def test_kill_9_at_five_random_moments(config, fields, tmp_path):
+    fork = multiprocessing.get_context("forkserver")  # imports once, then forks a fresh process for each life
+    fork.set_forkserver_preload(["memlayers.train.run"])
+    changes = {"log_every": 1, "max_steps": 100}
+    straight = config(**varied(fields, tmp_path / "straight", **changes))
+    killed = config(**varied(fields, tmp_path / "killed", **changes))
+    out = tmp_path / "killed"
+
+    def life(run, resume=False):
+        process = fork.Process(target=train, args=(run, resume))
+        process.start()
+        return process
+
+    reference = life(straight)
+    for moment in (3, "checkpoint", 9, "checkpoint", 6):
+        process = life(killed, resume=True)
+        if moment == "checkpoint":
+            kill_in_checkpoint(process, out)
+        else:
+            kill_after_steps(process, out, moment)
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+        if moment == "checkpoint":
+            assert list((out / "checkpoints").glob(".tmp-*"))
+    process = life(killed, resume=True)
+    process.join()
+    reference.join()
+    assert process.exitcode == reference.exitcode == 0
+    assert not list((out / "checkpoints").glob(".tmp-*"))
+    assert_equal(tmp_path / "straight", out)
+
+
+def test_resume_and_overwrite(config, capsys):
+    run = config(checkpoint_every=2)
+    train(run, resume=True)
+    assert "starting from step 0" in capsys.readouterr().out
+    with pytest.raises(FileExistsError, match="already has 2 checkpoints"):
+        train(run)
+    train(run, resume=True)
+    assert "resuming from" in capsys.readouterr().out
+    longer = config(checkpoint_every=2, max_steps=8)
+    train(longer, resume=True)
+    log = Path(run.output_dir) / "log.jsonl"
+    assert len(log.read_text().splitlines()) == 8
+    with pytest.raises(ml.ConfigError, match=r"^optimizer\.learning_rate: .* was 0\.01, is 0\.02"):
+        train(config(optimizer={"learning_rate": 0.02}), resume=True)
+    train(config(overwrite=True))
+    assert len(log.read_text().splitlines()) == 6
+    log.write_text("")
+    with pytest.raises(ValueError, match="the log was cut or deleted"):
+        train(run, resume=True)
+
+
+def test_a_damaged_checkpoint_is_passed_over(config, capsys):
+    run = config(checkpoint_every=2, keep_checkpoints=3)
+    train(run)
+    folder = Path(run.output_dir) / "checkpoints"
+    expected = remains(Path(run.output_dir))
+    (folder / "step-00000006" / "COMPLETE").unlink()
+    with (folder / "step-00000004" / "model.safetensors").open("r+b") as file:
+        file.truncate(100)
+    (folder / ".tmp-step-00000008").mkdir()
+    train(run, resume=True)
+    assert "resuming from" in (told := capsys.readouterr().out)
+    assert "step-00000002 at step 2" in told
+    assert remains(Path(run.output_dir)) == expected
+    assert sorted(p.name for p in folder.iterdir()) == [f"step-0000000{n}" for n in (2, 4, 6)]
+
+
+def test_random_states_come_back():
+    tensors, numbers = random_state()
+    numbers = json.loads(json.dumps(numbers))
+    import numpy as np
+
+    drawn = random.random(), np.random.rand(), np.random.randn(), torch.rand(3)
+    restore_random_state(tensors, numbers)
+    again = random.random(), np.random.rand(), np.random.randn(), torch.rand(3)
+    assert drawn[:3] == again[:3]
+    assert torch.equal(drawn[3], again[3])
