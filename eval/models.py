@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import memlayers as ml
-from memlayers.checkpoint import CONFIG, _folder_of, read_config
+from memlayers.checkpoint import CONFIG, folder_of, read_config
 from memlayers.eval.config import EvalConfig
 from memlayers.eval.plan import NO_MEMORY
 
@@ -25,7 +25,7 @@ class FromCheckpoint:
 
     def __init__(self, config: EvalConfig) -> None:
         self.config, self.missing = config, {}
-        self.folder = _folder_of(config.model)
+        self.folder = folder_of(config.model)
         self.wrapped = (self.folder / CONFIG).is_file()
         self.base_name = config.base or (self._original() if self.wrapped else config.model)
         if not self.base_name:

@@ -86,7 +86,7 @@ def load(
     """
     from transformers import PreTrainedModel
 
-    folder = _folder_of(source)
+    folder = folder_of(source)
     config = read_config(folder)
     recorded = config["base"]
     model = (
@@ -128,7 +128,13 @@ def save_base_model(model: PreTrainedModel, folder: Path) -> None:
     model.save_pretrained(folder, state_dict=state)
 
 
-def _folder_of(source: str | Path) -> Path:
+def folder_of(source: str | Path) -> Path:
+    """The folder of a checkpoint: `source` itself, or the local copy of the hub repository it names.
+
+    Raises:
+        FileNotFoundError: neither is there.
+        NotADirectoryError: `source` is a file.
+    """
     if Path(source).is_dir():
         return Path(source)
     if Path(source).exists():

@@ -81,31 +81,32 @@ def explain(error: pydantic.ValidationError, model: Any, where: str) -> str:
     lines = []
     for item in error.errors():
         path, known = _follow(model, item["loc"])
-        name = ".".join(filter(None, [where, *path])) or "config"
-        if item["type"] == "extra_forbidden":
-            near = difflib.get_close_matches(path[-1], known, n=1)
-            hint = f", did you mean {near[0]!r}?" if near else f"; known fields: {', '.join(sorted(known))}"
-            lines.append(f"{name}: unknown field{hint}")
-        elif item["type"] == "missing":
-            lines.append(f"{name}: this field is required")
-        elif item["type"].startswith("union_tag"):
-            tags = item.get("ctx", {}).get("expected_tags", "")
-            got = item.get("ctx", {}).get("tag")
-            near = difflib.get_close_matches(str(got), [t.strip(" '") for t in tags.split(",")], n=1)
-            hint = f", did you mean {near[0]!r}?" if near else ""
-            said = (
-                f"type {got!r} is not one of {tags}"
-                if got is not None
-                else f"needs a field 'type', one of {tags}"
-            )
-            lines.append(f"{name}: {said}{hint}")
-        elif isinstance(nested := item.get("ctx", {}).get("error"), ConfigError):
-            lines.extend(f"{name}.{line}" for line in str(nested).splitlines())
+        at = ".".join(filter(None, [where, *path]))
+        nested = item.get("ctx", {}).get("error")
+        if isinstance(nested, ConfigError):
+            lines.extend(f"{at}.{line}" if at else line for line in str(nested).splitlines())
         else:
-            message = item["msg"].removeprefix("Value error, ")
-            shown = "" if isinstance(item["input"], dict) else f" (got {item['input']!r})"
-            lines.append(f"{name}: {message}{shown}")
+            message = _message(item, known, path)
+            lines.append(f"{at}: {message}" if at else message)
     return "\n".join(lines)
+
+
+def _message(item: dict, known: list[str], path: list[str]) -> str:
+    if item["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(path[-1], known, n=1)
+        return "unknown field" + (
+            f", did you mean {near[0]!r}?" if near else f"; known fields: {', '.join(sorted(known))}"
+        )
+    if item["type"] == "missing":
+        return "this field is required"
+    if item["type"].startswith("union_tag"):
+        tags, got = item["ctx"].get("expected_tags", ""), item["ctx"].get("tag")
+        if got is None:
+            return f"needs a field 'type', one of {tags}"
+        near = difflib.get_close_matches(str(got), [tag.strip(" '") for tag in tags.split(",")], n=1)
+        return f"type {got!r} is not one of {tags}" + (f", did you mean {near[0]!r}?" if near else "")
+    shown = "" if isinstance(item["input"], dict) else f" (got {item['input']!r})"
+    return item["msg"].removeprefix("Value error, ") + shown
 
 
 def _follow(model: Any, loc: tuple) -> tuple[list[str], list[str]]:
