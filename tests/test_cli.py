@@ -227,7 +227,7 @@ def test_train_then_eval(short_training, tmp_path, monkeypatch):
     assert code == 0, err
     report = json.loads((tmp_path / "report" / "report.json").read_text())
     assert report["results"]["passkey"]["D"]["64"]["trained"]["n"] == 5
-    assert "passkey, regime D (window 32 tokens)" in said and "shuffled memory" in said
+    assert "passkey, regime D (window 32 tokens)" in said and "regime D (window 32 tokens): controls" in said
 
 
 @pytest.mark.slow

@@ -60,33 +60,35 @@ def evaluate(
 
 
 def tables(report: dict):
-    """Rich tables of a report: for each suite and regime, lengths down and arms and controls across."""
-    from rich.table import Table
-
+    """Rich tables of a report: for each suite and regime one of the arms and one of the controls."""
     window = report["config"]["window"]
     for suite, regimes in report["results"].items():
-        for regime, lengths in regimes.items():
+        for regime, arms in regimes.items():
+            title = f"{suite}, regime {regime} (window {window} tokens)"
+            yield grid(title, arms)
             controls = report["controls"].get(suite, {}).get(regime, {})
-            rows = {length: {**arms, **controls.get(length, {})} for length, arms in lengths.items()}
-            names = list(dict.fromkeys(name for row in rows.values() for name in row))
-            table = Table(
-                title=f"{suite}, regime {regime} (window {window} tokens)",
-                caption="exact match [95 % Wilson interval], n questions a cell",
-            )
-            table.add_column("length", justify="right")
-            for name in names:
-                table.add_column(name.replace("_", " "), justify="center")
-            table.add_column("n", justify="right")
-            for length, row in rows.items():
-                counts = sorted({cell["n"] for cell in row.values() if cell.get("n")})
-                table.add_row(
-                    length, *(cell_text(row.get(name)) for name in names), ", ".join(map(str, counts))
-                )
-            yield table
+            if any(controls.values()):
+                yield grid(f"{title}: controls", controls)
+
+
+def grid(title: str, lengths: dict[str, dict[str, dict]]):
+    """One table: lengths down, names across, in each cell the share right and its interval; then n."""
+    from rich.table import Table
+
+    names = list(dict.fromkeys(name for row in lengths.values() for name in row))
+    table = Table(title=title, title_style="bold", caption="share of exact answers, 95 % Wilson interval")
+    table.add_column("length", justify="right")
+    for name in names:
+        table.add_column(name.replace("_", "\n"), justify="center", no_wrap=True, vertical="top")
+    table.add_column("n", justify="right")
+    for length, row in lengths.items():
+        counts = sorted({cell["n"] for cell in row.values() if cell.get("n")})
+        table.add_row(length, *(cell_text(row.get(name)) for name in names), ", ".join(map(str, counts)))
+    return table
 
 
 def cell_text(cell: dict | None) -> str:
-    """`0.98 [0.95 0.99]`, or a dash where the cell was not measured (report.json has the reason)."""
-    if cell is None or "accuracy" not in cell or cell["accuracy"] is None:
+    """`0.98` over `0.95–0.99`, or a dash where the cell was not measured (report.json has the reason)."""
+    if cell is None or cell.get("accuracy") is None:
         return "–"
-    return f"{cell['accuracy']:.2f}\n[{cell['ci_low']:.2f} {cell['ci_high']:.2f}]"
+    return f"{cell['accuracy']:.2f}\n{cell['ci_low']:.2f}–{cell['ci_high']:.2f}"
