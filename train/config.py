@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, PlainValidator, model_validator
 
-from memlayers.config import ConfigError, Strict
+from memlayers.config import ConfigError, Strict, validate
 from memlayers.kinds import AnyMemoryConfig
 from memlayers.tasks import TaskConfig
 
@@ -31,12 +31,20 @@ class ModelSection(Strict):
     @model_validator(mode="after")
     def _one_source(self):
         if (self.path is None) == (self.config is None):
-            raise ValueError("give either path (a checkpoint) or config (a model with random weights)")
+            raise ConfigError("path: give either path (a checkpoint) or config (a model with random weights)")
         if self.config is not None and "model_type" not in self.config:
-            raise ValueError("config needs a model_type, such as llama")
+            raise ConfigError("config: needs a model_type, such as llama")
         if self.config is not None and self.tokenizer is None:
-            raise ValueError("a model from config needs tokenizer, a folder or hub id")
+            raise ConfigError("tokenizer: a model from config needs one, a folder or hub id")
         return self
+
+
+def _modules(value: Any) -> list[str] | str:
+    if value == "all-linear" or (
+        isinstance(value, list) and value and all(isinstance(v, str) for v in value)
+    ):
+        return value
+    raise ValueError("needs a list of names of layers, or all-linear")
 
 
 class LoraSection(Strict):
@@ -52,7 +60,7 @@ class LoraSection(Strict):
     r: int = Field(16, ge=1)
     alpha: float = Field(32.0, gt=0)
     dropout: float = Field(0.0, ge=0, lt=1)
-    target_modules: list[str] | Literal["all-linear"] = "all-linear"
+    target_modules: Annotated[list[str] | Literal["all-linear"], PlainValidator(_modules)] = "all-linear"
 
 
 class TaskData(Strict):
@@ -151,8 +159,16 @@ class SegmentRange(Strict):
     @model_validator(mode="after")
     def _order(self):
         if self.stop < self.start:
-            raise ValueError("stop must not be below start")
+            raise ConfigError("stop: must not be below start")
         return self
+
+
+def _stages(value: Any) -> list[int] | SegmentRange:
+    if isinstance(value, SegmentRange) or (isinstance(value, list) and all(type(v) is int for v in value)):
+        return value
+    if isinstance(value, dict):
+        return validate(SegmentRange, value)
+    raise ValueError("needs a list of whole numbers, or start and stop")
 
 
 class CurriculumSection(Strict):
@@ -167,7 +183,7 @@ class CurriculumSection(Strict):
         current_share: share of the batches that get the current stage's number when varied.
     """
 
-    segments: list[int] | SegmentRange
+    segments: Annotated[list[int] | SegmentRange, PlainValidator(_stages)]
     threshold: float = Field(0.9, gt=0, le=1)
     window: int = Field(20, ge=1)
     varied: bool = True
@@ -177,7 +193,7 @@ class CurriculumSection(Strict):
     def _rising(self):
         stages = self.stages
         if not stages or stages[0] < 1 or stages != sorted(set(stages)):
-            raise ValueError("segments must be a rising list of numbers from 1")
+            raise ConfigError("segments: must be a rising list of numbers from 1")
         return self
 
     @property

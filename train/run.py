@@ -64,7 +64,7 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
     """
     output = Path(config.output_dir)
     accelerator = start_accelerator(config, output)
-    say = accelerator.print
+    say, log, timing = accelerator.print, None, None
     try:
         checkpoint = prepare_output(config, resume, accelerator)
 
@@ -91,7 +91,6 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
         elif resume:
             say(f"no complete checkpoint in {output / 'checkpoints'}: starting from step 0")
         curriculum = Curriculum(config, progress)
-        log = timing = None
         if accelerator.is_main_process:
             log = Log(output / "log.jsonl", progress.log_offset)
             timing = (output / "timing.jsonl").open("a" if checkpoint else "w")
@@ -181,8 +180,6 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
         # The trained model and the picture.
         final = output / "final"
         if accelerator.is_main_process:
-            log.close()
-            timing.close()
             if final.exists():
                 shutil.rmtree(final)
             save_model(model, tokenizer, config, final)
@@ -191,6 +188,8 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
         say(f"trained to step {progress.step}; the model is in {final}")
         return final
     finally:
+        for file in filter(None, (log, timing)):
+            file.close()
         accelerator.end_training()
         AcceleratorState._reset_state()  # so that another run in this process may choose another precision
         GradientState._reset_state()

@@ -34,13 +34,18 @@ def start_accelerator(config: TrainConfig, output: Path) -> Accelerator:
         ConfigError: another number of processes than configured, or a tracker that is not installed.
     """
     AcceleratorState._reset_state()
-    accelerator = Accelerator(
-        mixed_precision=config.precision,
-        gradient_accumulation_steps=config.gradient_accumulation,
-        log_with=config.trackers or None,
-        project_config=ProjectConfiguration(project_dir=str(output), logging_dir=str(output)),
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, find_unused_parameters=True)],
-    )
+    try:
+        accelerator = Accelerator(
+            mixed_precision=config.precision,
+            gradient_accumulation_steps=config.gradient_accumulation,
+            log_with=config.trackers or None,
+            project_config=ProjectConfiguration(project_dir=str(output), logging_dir=str(output)),
+            kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
+        )
+    except ValueError as error:
+        if "logging capability" not in str(error):
+            raise
+        raise ConfigError(f"trackers: accelerate does not know one of {config.trackers} ({error})") from None
     if accelerator.num_processes != config.num_processes:
         raise ConfigError(
             f"num_processes: the config says {config.num_processes}, {accelerator.num_processes} started. On a CPU "

@@ -26,10 +26,25 @@ from memlayers.train.run import train
         ("memories.stream.type", "tokns", "memories.stream.type: 'tokns' is not a kind"),
         ("data.segments", None, "data.segments: give a number of segments here, or a curriculum"),
         ("train_what", "memory_and_lora", "lora: give this section"),
-        ("curriculum", {"segments": [2, 1]}, "curriculum: segments must be a rising list"),
-        ("curriculum", {"segments": {"start": 3, "stop": 2}}, "stop must not be below start"),
-        ("model", {"config": {"model_type": "llama"}}, "model: a model from config needs tokenizer"),
-        ("model", {}, "model: give either path"),
+        ("curriculum", {"segments": [2, 1]}, "curriculum.segments: must be a rising list"),
+        (
+            "curriculum",
+            {"segments": {"start": 3, "stop": 2}},
+            "curriculum.segments.stop: must not be below start",
+        ),
+        (
+            "curriculum",
+            {"segments": {"stap": 2, "stop": 3}},
+            "curriculum.segments.stap: unknown field, did you",
+        ),
+        (
+            "curriculum",
+            {"segments": 3},
+            "curriculum.segments: needs a list of whole numbers, or start and stop",
+        ),
+        ("lora", {"target_modules": "q_proj"}, "lora.target_modules: needs a list of names"),
+        ("model", {"config": {"model_type": "llama"}}, "model.tokenizer: a model from config needs one"),
+        ("model", {}, "model.path: give either path"),
     ],
 )
 def test_wrong_field(fields, path, value, told):
@@ -54,7 +69,7 @@ def test_several_processes_refuse_reentrant_checkpointing(fields):
         ({"num_processes": 2}, "num_processes: the config says 2, 1 started"),
         ({"memories": {}}, "data.segment_length: needed"),
         ({"memories": {}, "train_what": "memory"}, "train_what: nothing would learn"),
-        ({"trackers": ["no_such_tracker"]}, "no_such_tracker"),
+        ({"trackers": ["no_such_tracker"]}, "trackers: accelerate does not know one of ['no_such_tracker']"),
         ({"model": {"path": "/no/such/model"}}, "model.path: no tokenizer at '/no/such/model'"),
     ],
 )

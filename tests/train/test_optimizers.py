@@ -36,7 +36,7 @@ def test_memory_and_base(config):
 
 def test_memory_and_lora(config):
     lora = {"r": 2, "target_modules": "all-linear"}
-    model, groups = groups_of(config(train_what="memory_and_lora", lora=lora, optimizer=RATES))
+    _, groups = groups_of(config(train_what="memory_and_lora", lora=lora, optimizer=RATES))
     assert groups["lora"]["lr"] == 0.1
     layers = {name.rsplit(".lora_", 1)[0].rsplit(".", 1)[1] for name in groups["lora"]["parameter_names"]}
     assert layers == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}

@@ -248,7 +248,7 @@ def test_two_processes_equal_one_with_the_whole_batch(fields, config, base, tmp_
     train(alone)
     path = tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump(fields(num_processes=2, batch_size=4, checkpoint_every=3)))
-    launcher = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0")
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
     result = start(["--config", str(path), "--debug"], launcher, ACCELERATE_USE_CPU="true")
     assert result.returncode == 0, result.stderr[-3000:]
     out = tmp_path / "out"
