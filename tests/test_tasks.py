@@ -62,7 +62,7 @@ def test_questions_and_answers_read_back(tokenizer, name):
     for question in sample.questions:
         whole = tokenizer.decode(question.ids + question.answer_ids)
         assert first_spans(tokenizer.decode(question.answer_ids), question.kind, 9) == list(question.answers)
-        assert whole == tokenizer.decode(question.ids) + " " + ", ".join(question.answers)
+        assert whole == tokenizer.decode(question.ids) + " " + ", ".join(question.answers) + "."
 
 
 def test_sentences_concatenate_as_if_tokenized_together(tokenizer):

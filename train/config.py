@@ -152,7 +152,7 @@ class LossSection(Strict):
 class SegmentRange(Strict):
     """Stages from `start` to `stop` segments, both included."""
 
-    start: int = Field(1, ge=1)
+    start: int = Field(1, ge=0)
     stop: int = Field(ge=1)
     step: int = Field(1, ge=1)
 
@@ -175,7 +175,8 @@ class CurriculumSection(Strict):
     """Number of segments of an item, raised when accuracy allows it.
 
     Attributes:
-        segments: the stages, as a rising list or as start and stop.
+        segments: the stages, as a rising list or as start and stop. Stage 0 is one segment that stays open, so
+            that attention can reach the needle: a base learns the question there before memory is asked.
         threshold: accuracy, averaged over `window` steps at the current stage, that opens the next one.
         window: steps averaged.
         varied: draw the number of segments of each batch from 1 stage to the current one, so that shorter
@@ -192,8 +193,8 @@ class CurriculumSection(Strict):
     @model_validator(mode="after")
     def _rising(self):
         stages = self.stages
-        if not stages or stages[0] < 1 or stages != sorted(set(stages)):
-            raise ConfigError("segments: must be a rising list of numbers from 1")
+        if not stages or stages[0] < 0 or stages[-1] < 1 or stages != sorted(set(stages)):
+            raise ConfigError("segments: must be a rising list of numbers from 0 or 1")
         return self
 
     @property

@@ -95,7 +95,9 @@ def _pad(rows: list[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor | None]:
 
 
 class TaskSource:
-    """Generated items of an exact length: `segments` × `segment_length` tokens with question and answer."""
+    """Generated items of an exact length: `segments` × `segment_length` tokens with question and answer.
+
+    0 segments are one segment that stays open: attention can reach the needle, memory is not asked for."""
 
     has_accuracy = True
 
@@ -106,9 +108,8 @@ class TaskSource:
 
     def batch(self, position: int, rank: int = 0, world: int = 1, segments: int | None = None) -> Batch:
         first = (position * world + rank) * self.batch_size
-        return collate(
-            [self._item(first + i, segments) for i in range(self.batch_size)], self.regime, segments
-        )
+        examples = [self._item(first + i, max(segments, 1)) for i in range(self.batch_size)]
+        return collate(examples, self.regime if segments else "W", segments)
 
     def _item(self, index: int, segments: int) -> Example:
         rng = rng_for("train", self.seed, index)

@@ -58,7 +58,7 @@ def make_source(config: TrainConfig, tokenizer, window: int | None) -> Source:
 
 def _check_lengths(source: TaskSource, stages: list[int]) -> None:
     try:
-        source.task.sample(rng_for("train", 0, 0), stages[0] * source.segment_length)
+        source.task.sample(rng_for("train", 0, 0), max(stages[0], 1) * source.segment_length)
     except ValueError as error:
         raise ConfigError(f"data: {stages[0]} segments of {source.segment_length} tokens: {error}") from None
 

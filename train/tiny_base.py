@@ -2,7 +2,7 @@
 
     python train/tiny_base.py --out memlayers/demo/base
 
-The base is trained from scratch on the passkey task of memlayers.tasks alone, on sequences of at most 40
+The base is trained from scratch on the passkey task of memlayers.tasks alone, on sequences of at most 41
 tokens, so it finds a 5-digit passkey inside a 32-token window and nothing outside it. That is all it can do:
 it is there so that `make demo` shows on a laptop what a memory adds. Its weights are float32 safetensors of
 less than 1 MB.
@@ -24,7 +24,7 @@ from memlayers.tasks import NeedleConfig, PasskeyConfig, make_task, rng_for
 from memlayers.tasks.words import NOISE_SENTENCES
 
 WINDOW = 32  # of the memory that make demo adds
-LENGTHS = (22, 40)  # tokens of a training sequence; 21 hold needle, question and answer
+LENGTHS = (23, 41)  # tokens of a training sequence; 22 hold needle, question and answer
 
 PROSE = """The harbour town wakes before the sun. A lamp is lit in the kitchen, a door is opened, and
 somebody asks what the weather will be. It will be fine, says the old man on the bench, as he has said every
@@ -69,14 +69,10 @@ def make_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
 
 
 def batch(task, split: str, seed: int, step: int, size: int, length: int) -> tuple[torch.Tensor, int]:
-    """`size` items of exactly `length` tokens and a full stop: ids (size, length + 1), tokens of the answer.
-
-    The full stop counts as answer: without it the model never learns where a number ends.
-    """
+    """`size` passkey items of exactly `length` tokens: ids (size, length), and how many are the answer."""
     samples = [task.sample(rng_for(split, seed, step * size + i), length) for i in range(size)]
-    stop = task.speller.ids(".")
-    rows = [s.context + s.questions[0].ids + s.questions[0].answer_ids + stop for s in samples]
-    return torch.tensor(rows), len(samples[0].questions[0].answer_ids + stop)
+    rows = [s.context + s.questions[0].ids + s.questions[0].answer_ids for s in samples]
+    return torch.tensor(rows), len(samples[0].questions[0].answer_ids)
 
 
 def loss_of(model, ids: torch.Tensor, n_answer: int, rest: float) -> tuple[torch.Tensor, torch.Tensor]:

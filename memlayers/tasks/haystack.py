@@ -12,9 +12,9 @@ from typing import Protocol
 class Question:
     """A question about a context.
 
-    ids: tokens of the question, without BOS. answer_ids: tokens that should follow. answers: the strings
-    looked for (one for a passkey, several for multi-value and multi-query needles). kind: number, word or
-    uuid.
+    ids: tokens of the question, without BOS. answer_ids: tokens that should follow, with the stop that ends
+    them. answers: the strings looked for (one for a passkey, several for multi-value and multi-query
+    needles). kind: number, word or uuid.
     """
 
     ids: list[int]

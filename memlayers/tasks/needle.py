@@ -21,7 +21,7 @@ from pydantic import Field, model_validator
 from memlayers.config import Strict
 from memlayers.tasks.haystack import Question, Sample
 from memlayers.tasks.kinds import PROBES, Kind, Split, draw
-from memlayers.tasks.passkey import check_prose, hide_or_explain, make_filler
+from memlayers.tasks.passkey import check_prose, hide_or_explain, make_filler, stop_of
 from memlayers.tasks.spelling import Speller
 
 NAMES = {"number": "number", "word": "word", "uuid": "code"}
@@ -147,7 +147,7 @@ class NeedleTask:
         template = config.question if len(answers) == 1 else config.question_many
         asked = ", ".join(keys[row] for row in rows)
         text = template.format(name=NAMES[config.value_type], keys=asked)
-        answer = self.speller.ids(" " + ", ".join(answers))
+        answer = self.speller.ids(" " + ", ".join(answers) + stop_of(config.needle, "{value}"))
         return Question(self.speller.ids(text), answer, tuple(answers), config.value_type)
 
 

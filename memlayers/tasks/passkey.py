@@ -6,6 +6,7 @@ Needle and question are short by default, so that both and an answer fit in a wi
 from __future__ import annotations
 
 import random
+import re
 from typing import Literal
 
 from pydantic import Field, model_validator
@@ -77,13 +78,21 @@ class PasskeyTask:
         group = rng.getrandbits(53)
         key = draw(rng, config.key_type, config.digits, self.split, set())
         depth = rng.random() if depth is None else depth
-        answer = self.speller.ids(" " + key)
+        answer = self.speller.ids(" " + key + stop_of(config.needle, "{key}"))
         question = Question(self._question, answer, (key,), config.key_type)
         needles = [self.speller.ids(config.needle.format(key=key))] if needle else []
         n_context = length - len(question.ids) - len(answer)
         tail = config.avoid_tail if avoid_tail is None else avoid_tail
         context, got = hide_or_explain(rng, self, needles, [depth][: len(needles)], n_context, tail, length)
         return Sample(context, [question], got or [depth], group, length)
+
+
+def stop_of(template: str, field: str) -> str:
+    """The punctuation behind `field` in a needle: it ends an answer too, so that a model learns where to stop.
+
+    Without it a model trained on answers alone goes on with more digits, and its first number is another one.
+    """
+    return re.match(r"[^\w\s{}]*", template.partition(field)[2]).group()
 
 
 def check_prose(filler: str, prose_file: str | None) -> None:
