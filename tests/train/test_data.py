@@ -106,9 +106,19 @@ def test_task_items_have_the_exact_length(data_of, fields, tokenizer):
         texts = [
             tokenizer.decode(row[part == ANSWER]).strip() for row, part in zip(batch.input_ids, batch.parts)
         ]
-        assert all(len(text) == 3 and text.isdigit() for text in texts)
+        assert all(len(text) == 4 and text[:3].isdigit() and text[3] == "." for text in texts)
         for row, key in zip(batch.context_ids, texts):
-            assert f"The pass key is {key}." in tokenizer.decode(row)
+            assert f"The pass key is {key}" in tokenizer.decode(row)
+
+
+def test_stage_zero_leaves_the_needle_in_attention(data_of, fields, tokenizer):
+    source = source_of(fields, data_of["task"], tokenizer)
+    batch = source.batch(0, 0, 1, 0)
+    assert batch.context_ids is None
+    assert batch.input_ids.shape == (4, 24)
+    for row, part in zip(batch.input_ids, batch.parts):
+        key = tokenizer.decode(row[part == ANSWER]).strip()
+        assert tokenizer.decode(row).count(f"The pass key is {key}") == 2
 
 
 def test_packed_text_is_the_text(data_of, fields, tokenizer):
