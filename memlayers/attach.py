@@ -17,7 +17,7 @@ from .config import ConfigError, MemoryConfig
 from .forward import cover, uncover
 from .kinds import module_class
 from .memory import Memory
-from .model import ROOT, Memories, base_parameters, decoder_of, max_positions, memories
+from .model import ROOT, Memories, bare, base_parameters, decoder_of, max_positions, memories
 from .state import PENDING
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def attach(
         ValueError: the name is taken or not usable.
         ConfigError: the config does not fit this model; names the field.
     """
-    kind = module_class(config)
+    kind, model = module_class(config), bare(model)
     decoder = decoder_of(model)
     name = config.type if name is None else name
     _check_name(model, name)
@@ -74,6 +74,7 @@ def detach(model: PreTrainedModel, name: str | None = None) -> PreTrainedModel:
     present = memories(model)
     if name is not None and name not in present:
         raise KeyError(f"no memory named {name!r} in this model; it has {sorted(present) or 'none'}")
+    wrapper, model = model, bare(model)
     root = getattr(model, ROOT, None)
     for each in [name] if name is not None else list(present):
         for handle in root.handles.pop(each):
@@ -84,7 +85,7 @@ def detach(model: PreTrainedModel, name: str | None = None) -> PreTrainedModel:
             parameter.requires_grad_(root.base_requires_grad.get(parameter_name, parameter.requires_grad))
         delattr(model, ROOT)
         uncover(model, decoder_of(model))
-    return model
+    return wrapper
 
 
 @contextlib.contextmanager

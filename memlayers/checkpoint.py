@@ -18,11 +18,11 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from .attach import attach
+from .attach import attach, detach
 from .config import ConfigError
 from .files import make_folder, write_tensors, write_text
 from .kinds import parse_memory_config
-from .model import memories, memory_parameters
+from .model import bare, memories, memory_parameters
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -40,8 +40,9 @@ def save(model: PreTrainedModel, folder: str | Path, *, save_base: bool = False)
 
     Raises:
         NotADirectoryError: a file stands at `folder`.
-        ValueError: the model has no memory, or its base has no name to be loaded by and is not saved.
+        ValueError: the model has no memory.
     """
+    model = bare(model)
     folder, present = Path(folder), memories(model)
     if not present:
         raise ValueError("this model has no memory to save; attach one first")
@@ -97,9 +98,16 @@ def load(
     _check_shape(folder, recorded, model)
     if (folder / "lora").is_dir():
         _load_lora(model, folder / "lora")
-    for name, block in config["memories"].items():
-        attach(model, parse_memory_config(block, where=f"{folder / CONFIG}: memories.{name}"), name)
-    _fill(model, folder / WEIGHTS)
+    attached = []
+    try:
+        for name, block in config["memories"].items():
+            attach(model, parse_memory_config(block, where=f"{folder / CONFIG}: memories.{name}"), name)
+            attached.append(name)
+        _fill(model, folder / WEIGHTS)
+    except Exception:
+        for name in attached:
+            detach(model, name)
+        raise
     return model.to(device) if device is not None else model
 
 

@@ -89,9 +89,14 @@ def _model_forward(self, *args, memory_state=None, close_memory=False, write_mem
         ValueError: labels of another length than the input; a state of another batch size or memory.
     """
     base, reading = _base(self, "forward"), segmented(self)
-    if not reading:
-        return base(*args, **kwargs)
     arguments = _by_name(base, args, kwargs)
+    if not reading:
+        if isinstance(arguments.get("past_key_values"), MemoryCache):
+            raise ValueError(
+                "past_key_values is a MemoryCache, but every memory of this model is disabled; give a plain cache "
+                "or none"
+            )
+        return base(*args, **kwargs)
     inputs = (
         arguments.get("input_ids")
         if arguments.get("input_ids") is not None
@@ -108,7 +113,7 @@ def _model_forward(self, *args, memory_state=None, close_memory=False, write_mem
     decoding = inputs.shape[1] == 1 and cache.seen > 0 if write_memory is None else not write_memory
     use_cache = arguments.get("use_cache")
     use_cache = self.config.use_cache if use_cache is None else use_cache
-    checkpointing = self.training and getattr(self, "is_gradient_checkpointing", False)
+    checkpointing = self.training and any(getattr(m, "gradient_checkpointing", False) for m in self.modules())
     cache.request = segments.Request(
         memories=reading,
         layers=decoder_layers(decoder_of(self)),
@@ -135,6 +140,8 @@ def _decoder_forward(
         )
         return base(input_ids=input_ids, **kwargs)
     request, past_key_values.request = past_key_values.request, None
+    if request is None:
+        raise ValueError("a MemoryCache needs the model's own forward; the decoder alone cannot read it")
     embeds = self.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
     for positions in ("position_ids", "cache_position", "use_cache"):
         kwargs.pop(positions, None)

@@ -28,9 +28,14 @@ class Memories(nn.ModuleDict):
         self.handles: dict[str, list] = {}
 
 
+def bare(model: nn.Module) -> nn.Module:
+    """The Hugging Face model inside a `PeftModel`; any other model as it is."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
 def memories(model: nn.Module) -> dict[str, Memory]:
     """The memories of a model by name; {} for a plain model."""
-    root = getattr(model, ROOT, None)
+    root = getattr(bare(model), ROOT, None)
     return dict(root.items()) if isinstance(root, Memories) else {}
 
 
@@ -41,7 +46,7 @@ def segmented(model: nn.Module) -> dict[str, Memory]:
 
 def memory_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """Names (as in the model's state dict) and parameters of all memories."""
-    for name, parameter in model.named_parameters():
+    for name, parameter in bare(model).named_parameters():
         if name.startswith(f"{ROOT}."):
             yield name, parameter
 
@@ -72,11 +77,13 @@ def decoder_of(model: nn.Module) -> PreTrainedModel:
     """
     from transformers import PreTrainedModel  # takes seconds to import; whoever has a model has it already
 
+    model = bare(model)
     if not isinstance(model, PreTrainedModel):
         raise TypeError(
             f"memlayers works on Hugging Face models, got {type(model).__name__}; supported: {SUPPORTED}"
         )
-    decoder = None if model.config.is_encoder_decoder else model.get_decoder()
+    causal = model.can_generate() and not model.config.is_encoder_decoder
+    decoder = model.get_decoder() if causal else None
     if decoder is None or decoder is model or decoder_layers(decoder) is None:
         raise TypeError(
             f"{type(model).__name__} has no decoder stack under a language-model head; supported: {SUPPORTED}, "

@@ -64,19 +64,21 @@ def write(
     cache, stream = MemoryCache(state), _Stream(input_ids, attention_mask, state)
     step = SEGMENTS_PER_CALL * next(iter(reading.values())).segment_length
     bar = tqdm(total=stream.width, unit="token", desc="write", disable=not progress)
-    for start in range(0, stream.width, step):
-        stop = min(start + step, stream.width)
+    start = 0
+    while start < stream.width:
+        stop = min((max(start, stream.longest_pending) // step + 1) * step, stream.width)
         ids, mask = stream.columns(start, stop)
         cache.request = segments.Request(
             reading,
             decoder_layers(decoder),
-            close=close or stop < stream.width,
+            close=close or stop < stream.first_end,
             max_positions=max_positions(model),
         )
         decoder(
             input_ids=ids.to(device), attention_mask=mask.to(device), past_key_values=cache, use_cache=False
         )
         bar.update(stop - start)
+        start = stop
     bar.close()
     return cache.memory_state
 
@@ -97,6 +99,8 @@ class _Stream:
         pending = state[PENDING]["length"] if state is not None else torch.zeros(rows, dtype=torch.int64)
         self.n_pending = pending.to(input_ids.device)[:, None]
         self.width = int((self.n_pending + self.n_real).max())
+        self.first_end = int((self.n_pending + self.n_real).min())
+        self.longest_pending = int(self.n_pending.max())
 
     def columns(self, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Ids of columns `start` to `stop`, (batch, stop - start), and which of them are new tokens."""

@@ -1,0 +1,90 @@
+"""Contract 8: bf16 stays near float32, and memory itself is kept in float32."""
+
+import pytest
+import torch
+from matrix import TEXT, cases, near, tokens
+
+import memlayers as ml
+
+
+def relative(got, expected):
+    """Distance as a share of the expected tensor's size."""
+    return float((got.float() - expected).norm() / expected.norm())
+
+
+def float32_state(state, names):
+    for name in names:
+        for field, tensor in state[name].items():
+            assert tensor.dtype in (torch.float32, torch.int64), (name, field, tensor.dtype)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("how", ["bf16_base", "bf16_all", "autocast"])
+@cases()
+def test_bf16_is_near_float32(case, how):
+    """The yardstick is the base alone in bf16 on the same text: memory may make that error a few times larger,
+    since each segment reads what the one before rounded, but not of another order."""
+    ids = tokens(2, TEXT)
+    base, model = case.base(), case.model()
+    expected_base, expected = base(ids).logits, model(ids).logits
+    if how == "autocast":
+        with torch.autocast("cpu", torch.bfloat16):
+            yardstick, output = base(ids).logits, model(ids)
+    elif how == "bf16_all":
+        yardstick, output = base.bfloat16()(ids).logits, model.bfloat16()(ids)
+    else:
+        memories = {n: p.clone() for n, p in ml.memory_parameters(model)}
+        model.bfloat16()
+        for memory in ml.memories(model).values():
+            memory.float()
+        for name, parameter in ml.memory_parameters(model):
+            parameter.copy_(memories[name])
+        yardstick, output = base.bfloat16()(ids).logits, model(ids)
+    assert output.logits.isfinite().all()
+    error, floor = relative(output.logits, expected), relative(yardstick, expected_base)
+    assert 0 < error < 6 * floor + 0.01, f"relative error {error:.4f}, the base alone has {floor:.4f}"
+    float32_state(output.memory_state, case.kind.configs)
+
+
+@cases()
+def test_training_under_autocast(case):
+    """Gradients of float32 parameters are float32, finite, and near those without autocast."""
+    ids, results = tokens(2, TEXT), []
+    for enabled in (False, True):
+        model = case.model().train()
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            output = model(ids, labels=ids, close_memory=True)
+        float32_state(output.memory_state, case.kind.configs)
+        output.loss.backward()
+        results.append(
+            (output.loss.detach(), torch.cat([p.grad.flatten() for _, p in ml.memory_parameters(model)]))
+        )
+    (loss, gradient), (bf16_loss, bf16_gradient) = results
+    near(bf16_loss.float(), loss, 0.05)
+    assert bf16_gradient.dtype == torch.float32 and bf16_gradient.isfinite().all()
+    assert torch.cosine_similarity(bf16_gradient, gradient, dim=0) > 0.9
+
+
+@torch.no_grad()
+@cases()
+def test_a_bf16_model_generates_and_continues_a_state(case):
+    model = case.base().bfloat16()
+    for name, config in case.kind.configs.items():
+        ml.attach(model, config, name=name)
+    assert all(p.dtype == torch.float32 for _, p in ml.memory_parameters(model))
+    state = ml.write(model, tokens(2, TEXT), close=False)
+    float32_state(state, case.kind.configs)
+    ids = tokens(2, 3, seed=4)
+    out = model.generate(
+        ids, attention_mask=torch.ones_like(ids), past_key_values=state.to_cache(), max_new_tokens=9
+    )
+    assert out.shape == (2, 12)
+
+
+def test_float64_is_not_rounded_on_the_way():
+    """A text inside the first segment reads only learned memory: no float32 state stands in between."""
+    from matrix import llama
+
+    model, ids = llama().model().double(), tokens(2, 4)
+    with torch.no_grad():
+        assert model(ids).logits.dtype == torch.float64
