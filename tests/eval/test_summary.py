@@ -1,0 +1,51 @@
+"""Several reports in one table."""
+
+import json
+
+import pytest
+
+from memlayers.eval.summary import load_groups, over_seeds, summary
+
+
+def report(accuracy: float, perplexity: float) -> dict:
+    def cell(value):
+        return {"n": 40, "accuracy": value, "ci_low": 0.0, "ci_high": 1.0}
+
+    arms = {"base": {"not_run": "too long"}, "base_cut": cell(0.01), "memory_off": cell(0.0)}
+    arms |= {"untrained": cell(0.0), "trained": cell(accuracy)}
+    prose = {arm: {"perplexity": perplexity} for arm in arms}
+    return {
+        "config": {"window": 32, "controls": ["no_needle"], "suites": {"passkey": {"n": 40}}},
+        "results": {"passkey": {"D": {"64": arms}}},
+        "controls": {"passkey": {"D": {"64": {"no_needle": cell(0.02)}}}},
+        "perplexity": prose,
+    }
+
+
+def test_mean_and_range_over_seeds():
+    assert over_seeds([{"accuracy": 0.9}, {"accuracy": 1.0}], "accuracy", 2) == "0.95 (0.90 to 1.00)"
+    assert over_seeds([{"accuracy": 0.9}], "accuracy", 3) == "0.900"
+    assert over_seeds([{"accuracy": 0.9}, {"not_run": "why"}], "accuracy", 2) == "not run"
+
+
+def test_table_of_two_trainings(tmp_path):
+    for name, values in {"a": [(0.9, 7.0), (1.0, 9.0)], "b": [(0.5, 8.0)]}.items():
+        for seed, (accuracy, perplexity) in enumerate(values):
+            folder = tmp_path / name / f"seed{seed}"
+            folder.mkdir(parents=True)
+            (folder / "report.json").write_text(json.dumps(report(accuracy, perplexity)))
+    groups = load_groups([f"ours={tmp_path}/a/seed*", f"other={tmp_path}/b/seed*"])
+    text = summary(groups, "passkey")
+    assert "| ours | 0.950 (0.900 to 1.000) |" in text
+    assert "| other | 0.500 |" in text
+    assert "| ours: no_needle | 0.020 (0.020 to 0.020) |" in text
+    assert "| original checkpoint: base | not run |" in text
+    assert "| ours: trained | 8.00 (7.00 to 9.00) |" in text
+    assert "Seeds: ours: 2, other: 1." in text
+
+
+def test_missing_reports_are_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"ours: no report\.json"):
+        load_groups([f"ours={tmp_path}/nothing*"])
+    with pytest.raises(ValueError, match="NAME=GLOB"):
+        load_groups(["nothing"])
