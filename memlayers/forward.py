@@ -24,12 +24,17 @@ from .state import PENDING, MemoryCache, MemoryState
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+IGNORED = "keys_to_ignore_at_inference"
+"""Field of a config by which HF Trainer knows what of an output is no prediction."""
+
 
 def cover(model: PreTrainedModel, decoder: PreTrainedModel) -> None:
     """Put the covering functions on the instance."""
     _put(model, "forward", _with_state_arguments(type(model).forward))
     _put(model, "prepare_inputs_for_generation", _prepare_inputs)
     _put(decoder, "forward", _decoder_forward)
+    ignored = getattr(model.config, IGNORED, ["past_key_values"])
+    setattr(model.config, IGNORED, [*ignored, "memory_state"])
 
 
 def uncover(model: PreTrainedModel, decoder: PreTrainedModel) -> None:
@@ -39,6 +44,10 @@ def uncover(model: PreTrainedModel, decoder: PreTrainedModel) -> None:
         below = module.__dict__.pop(f"_below_{name}", None)
         if below is not None:
             module.__dict__[name] = below
+    ignored = [key for key in getattr(model.config, IGNORED, []) if key != "memory_state"]
+    model.config.__dict__.pop(IGNORED, None)
+    if ignored != getattr(model.config, IGNORED, ["past_key_values"]):
+        setattr(model.config, IGNORED, ignored)
 
 
 def _put(module: nn.Module, name: str, function) -> None:
