@@ -123,6 +123,9 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     for field in ("format", "base", "memories"):
         if not isinstance(config, dict) or field not in config:
             raise ConfigError(f"{path}: {field}: this field is required")
+    for field in ("base", "memories"):
+        if not isinstance(config[field], dict):
+            raise ConfigError(f"{path}: {field}: expected a mapping of fields, got {config[field]!r}")
     if config["format"] != FORMAT:
         raise ConfigError(f"{path}: format: {config['format']} is not {FORMAT}, the one this version reads")
     return config

@@ -70,8 +70,11 @@ class MemoryState:
             IndexError: a row that is not there.
         """
         index = torch.as_tensor(rows, dtype=torch.int64)
-        if index.numel() and self.batch_size is not None and int(index.max()) >= self.batch_size:
-            raise IndexError(f"row {int(index.max())} of a MemoryState with {self.batch_size} rows")
+        for row in (
+            [int(index.min()), int(index.max())] if index.numel() and self.batch_size is not None else []
+        ):
+            if not 0 <= row < self.batch_size:
+                raise IndexError(f"row {row} of a MemoryState with {self.batch_size} rows")
         return self._map(lambda t: t.index_select(0, index.to(t.device)))
 
     def repeat_interleave(self, repeats: int) -> MemoryState:

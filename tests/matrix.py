@@ -7,6 +7,7 @@ than the tolerances of the tests.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -131,6 +132,11 @@ def same_state(got: ml.MemoryState, expected: ml.MemoryState, tolerance: float =
                 rtol=tolerance,
                 msg=lambda text, at=f"{name}.{field_name}": f"{at}: {text}",
             )
+
+
+def says(*parts: str):
+    """A regular expression that wants all parts, in any order."""
+    return "".join(f"(?=[\\s\\S]*{re.escape(part)})" for part in parts)
 
 
 def _tiny(config_class: str, **fields) -> Callable[[], PreTrainedModel]:
