@@ -81,3 +81,14 @@ def test_inputs_embeds_equal_input_ids():
     with torch.no_grad():
         embeds = model.get_input_embeddings()(ids)
         assert torch.equal(model(inputs_embeds=embeds).logits, model(ids).logits)
+
+
+@pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "non_reentrant"])
+def test_checkpointing_hands_on_no_empty_window(reentrant):
+    """Checkpointed layers fill no cache; what the next call continues from must be the pending tokens."""
+    model, ids = llama().model().train(), tokens(2, 2 * SEGMENT + 3)
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    first = model(ids[:, :7], use_cache=True)
+    assert first.past_key_values is None
+    second = model(ids[:, 7:], memory_state=first.memory_state, use_cache=True)
+    near(second.logits, model(ids).logits[:, 7:])

@@ -1,0 +1,159 @@
+"""Does `ml.write` read a million tokens at constant memory and constant speed?
+
+    OMP_NUM_THREADS=1 python -m memlayers.eval.speed.stream --output eval/speed/results/stream_cpu.json
+
+One call of `ml.write` reads the whole text. After each call that it makes to the decoder (a few segments),
+resident memory, wall time and CPU time are noted. `resident_growth_mb` is the highest value after the first
+10,000 tokens less the one there. Speed at the start and at the end is told by percentiles over the first and the
+last tenth of these calls. On a machine that others use too, read p20 and CPU time: the rest measures the
+neighbours. Needs psutil (`pip install memlayers[bench]`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import platform
+import statistics
+import time
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import psutil
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
+
+import memlayers as ml
+from memlayers.files import write_text
+from memlayers.model import decoder_of
+
+WARM_UP = 10_000
+"""Tokens after which memory should not grow any more."""
+
+
+@dataclass
+class Mark:
+    """One call to the decoder: tokens read when it ended, seconds it took on the clock and on the CPU, bytes."""
+
+    tokens: int
+    wall_s: float
+    cpu_s: float
+    resident: int
+
+
+def load_base(path: str | None) -> tuple[PreTrainedModel, str]:
+    """The base and what to call it: a given one, the embedded demo base, or a tiny random Llama."""
+    embedded = Path(ml.__file__).parent / "demo" / "base"
+    if path or (embedded / "config.json").is_file():
+        model = AutoModelForCausalLM.from_pretrained(path or embedded)
+        return model, path or "memlayers/demo/base"
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=512,
+        hidden_size=64,
+        intermediate_size=192,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=256,
+    )
+    return AutoModelForCausalLM.from_config(config), "a random Llama, 2 layers of width 64"
+
+
+def measure(
+    model: PreTrainedModel, n_tokens: int, progress: bool = True
+) -> tuple[list[Mark], ml.MemoryState]:
+    """Write `n_tokens` random tokens into memory in one call of `ml.write` and watch.
+
+    Returns:
+        a mark for each call to the decoder, and the state at the end.
+    """
+    ids = torch.randint(3, model.config.vocab_size, (1, n_tokens), generator=torch.Generator().manual_seed(0))
+    process, marks = psutil.Process(), []
+    clocks = [time.perf_counter(), time.process_time()]
+
+    def mark(module, args, kwargs, output):
+        wall, cpu = time.perf_counter(), time.process_time()
+        done = (marks[-1].tokens if marks else 0) + kwargs["input_ids"].shape[1]
+        marks.append(Mark(done, wall - clocks[0], cpu - clocks[1], process.memory_info().rss))
+        clocks[:] = time.perf_counter(), time.process_time()
+
+    handle = decoder_of(model).register_forward_hook(mark, with_kwargs=True)
+    try:
+        state = ml.write(model, ids, progress=progress)
+    finally:
+        handle.remove()
+    return marks, state
+
+
+def summarize(marks: list[Mark], share: float = 0.1) -> dict:
+    """Memory after the warm-up and at the end, and time a token in the first and last `share` after it."""
+    after = [mark for mark in marks if mark.tokens >= WARM_UP]
+    part = max(1, int(len(after) * share))
+    sizes = [b.tokens - a.tokens for a, b in itertools.pairwise(after)]
+    full = max(sizes)
+
+    first, last = after[1 : part + 1], after[-part - 1 : -1]  # the last call may be a shorter one
+
+    def time_per_token(clock: str) -> dict:
+        def percentiles(where: list[Mark]) -> dict[str, float]:
+            cuts = statistics.quantiles([1e6 * getattr(mark, clock) / full for mark in where], n=10)
+            return {"p20": cuts[1], "p50": cuts[4], "p80": cuts[7]}
+
+        start, end = percentiles(first), percentiles(last)
+        return {"start": start, "end": end, "end_over_start": {p: end[p] / start[p] for p in start}}
+
+    return {
+        "resident_mb_after_10000_tokens": after[0].resident / 1e6,
+        "resident_mb_at_the_end": after[-1].resident / 1e6,
+        "resident_growth_mb": (max(mark.resident for mark in after) - after[0].resident) / 1e6,
+        "us_per_token_wall": time_per_token("wall_s"),
+        "us_per_token_cpu": time_per_token("cpu_s"),
+        "tokens_per_call": full,
+        "calls_at_start_and_end": part,
+        "wall_s": sum(mark.wall_s for mark in marks),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--tokens", type=int, default=1_000_000, help="tokens to write (default: 1,000,000)")
+    parser.add_argument("--base", help="folder or hub id of a base; default: the embedded demo base")
+    parser.add_argument("--n-tokens", type=int, default=8, help="memory tokens (default: 8)")
+    parser.add_argument("--segment-length", type=int, default=32, help="tokens per segment (default: 32)")
+    parser.add_argument("--output", type=Path, help="where to write the JSON as well")
+    options = parser.parse_args()
+    if options.tokens < 2 * WARM_UP:
+        parser.error(f"--tokens: at least {2 * WARM_UP}, since memory is compared after {WARM_UP}")
+
+    model, name = load_base(options.base)
+    config = ml.MemoryTokensConfig(n_tokens=options.n_tokens, segment_length=options.segment_length)
+    ml.attach(model.eval(), config)
+    load = os.getloadavg()[0]
+    marks, state = measure(model, options.tokens)
+    report = {
+        "tokens": options.tokens,
+        "base": name,
+        "memory": config.model_dump(),
+        **summarize(marks),
+        "state_bytes": state.nbytes,
+        "device": f"{platform.machine()} {platform.system()}, {os.cpu_count()} CPU cores",
+        "threads": torch.get_num_threads(),
+        "load_average": {"before": load, "after": os.getloadavg()[0]},
+        "versions": {
+            "python": platform.python_version(),
+            **{package: version(package) for package in ("torch", "transformers", "psutil")},
+            "memlayers": ml.__version__,
+        },
+    }
+    text = json.dumps(report, indent=2)
+    print(text)
+    if options.output:
+        write_text(options.output, text + "\n")
+
+
+if __name__ == "__main__":
+    main()
