@@ -1,17 +1,20 @@
 """Several seeds of several trainings in one table.
 
     python -m memlayers.eval.summary --out eval/results/stories260k.md \
-        "memory, base trained=runs/stories260k_passkey/seed*/eval" \
-        "memory, base frozen=runs/stories260k_frozen/seed*/eval"
+        "memory, base trained@D=runs/stories260k_passkey/seed*/eval" \
+        "full attention@F=runs/stories260k_full_attention/seed*/eval"
 
-Each argument is a name and a glob of folders with a report.json, one folder a seed.
+Each argument is a name, the regime to show, and a glob of folders with a report.json, one folder a seed. The first
+one's controls and base arms are shown too.
 """
 
 from __future__ import annotations
 
 import glob
 import json
+import re
 from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import mean
 from typing import Annotated
@@ -21,18 +24,28 @@ import typer
 from memlayers.files import write_text
 
 
-def load_groups(arguments: Iterable[str]) -> dict[str, list[dict]]:
-    """Reports by group name. Raises `ValueError` for an argument without `=`, `FileNotFoundError` for no report."""
-    groups = {}
-    for argument in arguments:
-        name, equals, pattern = argument.partition("=")
-        if not equals:
-            raise ValueError(f"{argument!r}: give NAME=GLOB, such as 'memory=runs/a/seed*/eval'")
-        paths = sorted(Path(folder) / "report.json" for folder in glob.glob(pattern))
-        if not paths or not all(path.is_file() for path in paths):
-            raise FileNotFoundError(f"{name}: no report.json in {pattern!r}")
-        groups[name] = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
-    return groups
+@dataclass(frozen=True)
+class Group:
+    """One training: its name, the regime to show, and a report a seed."""
+
+    name: str
+    regime: str
+    reports: list[dict]
+
+
+def load_group(argument: str) -> Group:
+    """The group `NAME@REGIME=GLOB` names.
+
+    Raises `ValueError` for an argument of another form, `FileNotFoundError` where a report is missing.
+    """
+    parts = re.fullmatch(r"(.+)@([FWD])=(.+)", argument)
+    if parts is None:
+        raise ValueError(f"{argument!r}: give NAME@REGIME=GLOB, such as 'memory@D=runs/a/seed*/eval'")
+    name, regime, pattern = parts.groups()
+    paths = sorted(Path(folder) / "report.json" for folder in glob.glob(pattern))
+    if not paths or not all(path.is_file() for path in paths):
+        raise FileNotFoundError(f"{name}: no report.json in {pattern!r}")
+    return Group(name, regime, [json.loads(path.read_text(encoding="utf-8")) for path in paths])
 
 
 def over_seeds(cells: Iterable[dict], field: str, digits: int) -> str:
@@ -52,60 +65,56 @@ def table(head: list[str], rows: list[list[str]]) -> list[str]:
     return lines + ["| " + " | ".join(row) + " |" for row in rows]
 
 
-def summary(groups: dict[str, list[dict]], suite: str) -> str:
-    """Markdown: one table a regime, with the arms and controls of the first group, and one of perplexities."""
-    (main_name, main_reports), first = next(iter(groups.items())), next(iter(groups.values()))[0]
+def summary(groups: list[Group], suite: str) -> str:
+    """Markdown: one table of recall, lengths in columns, and one of perplexities where they were measured."""
+    first = groups[0]
+    report, seeds = first.reports[0], ", ".join(f"{group.name}: {len(group.reports)}" for group in groups)
+    rows = [_row(group, group.name, "results", suite, "trained") for group in groups]
+    for arm in ("memory_off", "untrained"):
+        rows.append(_row(first, f"{first.name}: {arm}", "results", suite, arm))
+    for control in report["config"]["controls"]:
+        rows.append(_row(first, f"{first.name}: {control}", "controls", suite, control))
+    for arm in ("base", "base_cut"):
+        rows.append(
+            _row(replace(first, reports=[report]), f"original checkpoint: {arm}", "results", suite, arm)
+        )
+    lengths = report["results"][suite][first.regime]
     lines = [
-        f"# {suite}, window {first['config']['window']} tokens",
+        f"# {suite}, window {report['config']['window']} tokens",
         "",
-        f"Exact match over {first['config']['suites'][suite]['n']} items a cell: mean over seeds (lowest to highest "
-        "seed). Seeds: " + ", ".join(f"{name}: {len(reports)}" for name, reports in groups.items()) + ".",
+        f"Exact match over {report['config']['suites'][suite]['n']} items a cell: mean over seeds (lowest to highest "
+        f"seed). Seeds: {seeds}.",
+        "",
+        *table(["", "regime", *(f"{length} tokens" for length in lengths)], rows),
     ]
-    for regime, cells in first["results"][suite].items():
-        rows = [_row(name, reports, "results", suite, regime, "trained") for name, reports in groups.items()]
-        for arm in ("memory_off", "untrained"):
-            rows.append(_row(f"{main_name}: {arm}", main_reports, "results", suite, regime, arm))
-        for control in first["config"]["controls"]:
-            rows.append(_row(f"{main_name}: {control}", main_reports, "controls", suite, regime, control))
-        for arm in ("base", "base_cut"):
-            rows.append(_row(f"original checkpoint: {arm}", [first], "results", suite, regime, arm))
-        lines += [
-            "",
-            f"## Regime {regime}",
-            "",
-            *table(["", *(f"{length} tokens" for length in cells)], rows),
-        ]
-    if "perplexity" in first:
+    if "perplexity" in report:
         rows = [
-            [f"original checkpoint: {arm}", over_seeds([first["perplexity"][arm]], "perplexity", 2)]
+            [f"original checkpoint: {arm}", over_seeds([report["perplexity"][arm]], "perplexity", 2)]
             for arm in ("base", "base_cut")
         ]
-        for name, reports in groups.items():
+        for group in groups:
             for arm in ("trained", "memory_off"):
-                cells = [report["perplexity"][arm] for report in reports]
-                rows.append([f"{name}: {arm}", over_seeds(cells, "perplexity", 2)])
+                cells = [each["perplexity"][arm] for each in group.reports]
+                rows.append([f"{group.name}: {arm}", over_seeds(cells, "perplexity", 2)])
         lines += ["", "## Perplexity on unseen prose", "", *table(["", "perplexity"], rows)]
     return "\n".join(lines) + "\n"
 
 
-def _row(title: str, reports: list[dict], part: str, suite: str, regime: str, arm: str) -> list[str]:
-    lengths = reports[0]["results"][suite][regime]
-    return [
-        title,
-        *(
-            over_seeds([report[part][suite][regime][length][arm] for report in reports], "accuracy", 3)
-            for length in lengths
-        ),
+def _row(group: Group, title: str, part: str, suite: str, arm: str) -> list[str]:
+    lengths = group.reports[0]["results"][suite][group.regime]
+    measured = [
+        [report[part][suite][group.regime][length][arm] for report in group.reports] for length in lengths
     ]
+    return [title, group.regime, *(over_seeds(cells, "accuracy", 3) for cells in measured)]
 
 
 def main(
-    groups: Annotated[list[str], typer.Argument(help="NAME=GLOB of folders with a report.json, one a seed.")],
+    groups: Annotated[list[str], typer.Argument(help="NAME@REGIME=GLOB of folders with a report.json.")],
     out: Annotated[Path | None, typer.Option(help="Markdown file to write; default: print it.")] = None,
     suite: Annotated[str, typer.Option(help="Name of the suite in the reports.")] = "passkey",
 ) -> None:
     """Put several seeds of several trainings into one table."""
-    text = summary(load_groups(groups), suite)
+    text = summary([load_group(group) for group in groups], suite)
     if out is None:
         print(text)
     else:

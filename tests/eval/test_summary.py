@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from memlayers.eval.summary import load_groups, over_seeds, summary
+from memlayers.eval.summary import load_group, over_seeds, summary
 
 
 def report(accuracy: float, perplexity: float) -> dict:
@@ -34,18 +34,18 @@ def test_table_of_two_trainings(tmp_path):
             folder = tmp_path / name / f"seed{seed}"
             folder.mkdir(parents=True)
             (folder / "report.json").write_text(json.dumps(report(accuracy, perplexity)))
-    groups = load_groups([f"ours={tmp_path}/a/seed*", f"other={tmp_path}/b/seed*"])
+    groups = [load_group(f"ours@D={tmp_path}/a/seed*"), load_group(f"other@D={tmp_path}/b/seed*")]
     text = summary(groups, "passkey")
-    assert "| ours | 0.950 (0.900 to 1.000) |" in text
-    assert "| other | 0.500 |" in text
-    assert "| ours: no_needle | 0.020 (0.020 to 0.020) |" in text
-    assert "| original checkpoint: base | not run |" in text
+    assert "| ours | D | 0.950 (0.900 to 1.000) |" in text
+    assert "| other | D | 0.500 |" in text
+    assert "| ours: no_needle | D | 0.020 (0.020 to 0.020) |" in text
+    assert "| original checkpoint: base | D | not run |" in text
     assert "| ours: trained | 8.00 (7.00 to 9.00) |" in text
     assert "Seeds: ours: 2, other: 1." in text
 
 
 def test_missing_reports_are_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"ours: no report\.json"):
-        load_groups([f"ours={tmp_path}/nothing*"])
-    with pytest.raises(ValueError, match="NAME=GLOB"):
-        load_groups(["nothing"])
+        load_group(f"ours@D={tmp_path}/nothing*")
+    with pytest.raises(ValueError, match="NAME@REGIME=GLOB"):
+        load_group("nothing")
