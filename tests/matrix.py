@@ -236,6 +236,11 @@ def cases(applies: Callable[[Kind], bool] = lambda kind: True, why: str = "") ->
     return pytest.mark.parametrize("case", params(applies, why))
 
 
+def architectures(kind_name: str = "recurrent") -> pytest.MarkDecorator:
+    """Decorator: run a test on every architecture with one kind, where another kind would show nothing new."""
+    return pytest.mark.parametrize("case", [p for p in params() if p.values[0].kind.name == kind_name])
+
+
 def llama(kind_name: str = "recurrent") -> Case:
     """One cell, for tests that need no matrix."""
     return Case(next(kind for kind in KINDS if kind.name == kind_name), ARCHITECTURES[0])

@@ -4,9 +4,9 @@
 
 One call of `ml.write` reads the whole text. After each call that it makes to the decoder (a few segments),
 resident memory, wall time and CPU time are noted. `resident_growth_mb` is the highest value after the first
-10,000 tokens less the one there. Speed at the start and at the end is told by percentiles over the first and the
-last tenth of these calls. On a machine that others use too, read p20 and CPU time: the rest measures the
-neighbours. Needs psutil (`pip install memlayers[bench]`).
+10,000 tokens less the one there. Every few calls a control is timed at the same moment: the same number of
+tokens written into a fresh memory. `over_control` is the stream's median time over the control's, at the start
+and at the end, each over a tenth of the text, so that what else runs on the machine drops out. Needs psutil (`pip install memlayers[bench]`).
 """
 
 from __future__ import annotations
@@ -32,16 +32,21 @@ from memlayers.model import decoder_of
 
 WARM_UP = 10_000
 """Tokens after which memory should not grow any more."""
+CONTROL_EVERY = 5
+"""Calls to the decoder from one control to the next."""
 
 
 @dataclass
 class Mark:
-    """One call to the decoder: tokens read when it ended, seconds it took on the clock and on the CPU, bytes."""
+    """One call to the decoder: tokens read when it ended, seconds it took on the clock and on the CPU, resident
+    bytes, and the two times of the control where there was one."""
 
     tokens: int
     wall_s: float
     cpu_s: float
     resident: int
+    control_wall_s: float | None = None
+    control_cpu_s: float | None = None
 
 
 def load_base(path: str | None) -> tuple[PreTrainedModel, str]:
@@ -73,12 +78,22 @@ def measure(
     """
     ids = torch.randint(3, model.config.vocab_size, (1, n_tokens), generator=torch.Generator().manual_seed(0))
     process, marks = psutil.Process(), []
-    clocks = [time.perf_counter(), time.process_time()]
+    clocks, in_control = [time.perf_counter(), time.process_time()], False
 
     def mark(module, args, kwargs, output):
-        wall, cpu = time.perf_counter(), time.process_time()
-        done = (marks[-1].tokens if marks else 0) + kwargs["input_ids"].shape[1]
-        marks.append(Mark(done, wall - clocks[0], cpu - clocks[1], process.memory_info().rss))
+        nonlocal in_control
+        if in_control:
+            return
+        times = [time.perf_counter() - clocks[0], time.process_time() - clocks[1]]
+        size = kwargs["input_ids"].shape[1]
+        done = (marks[-1].tokens if marks else 0) + size
+        if len(marks) % CONTROL_EVERY == 0:
+            in_control = True
+            clocks[:] = time.perf_counter(), time.process_time()
+            ml.write(model, ids[:, :size])
+            times += [time.perf_counter() - clocks[0], time.process_time() - clocks[1]]
+            in_control = False
+        marks.append(Mark(done, *times[:2], process.memory_info().rss, *times[2:]))
         clocks[:] = time.perf_counter(), time.process_time()
 
     handle = decoder_of(model).register_forward_hook(mark, with_kwargs=True)
@@ -99,12 +114,23 @@ def summarize(marks: list[Mark], share: float = 0.1) -> dict:
     first, last = after[1 : part + 1], after[-part - 1 : -1]  # the last call may be a shorter one
 
     def time_per_token(clock: str) -> dict:
-        def percentiles(where: list[Mark]) -> dict[str, float]:
-            cuts = statistics.quantiles([1e6 * getattr(mark, clock) / full for mark in where], n=10)
-            return {"p20": cuts[1], "p50": cuts[4], "p80": cuts[7]}
+        def median(where: list[Mark], name: str) -> float:
+            known = [getattr(mark, name) for mark in where]
+            return 1e6 * statistics.median(value for value in known if value is not None) / full
 
-        start, end = percentiles(first), percentiles(last)
-        return {"start": start, "end": end, "end_over_start": {p: end[p] / start[p] for p in start}}
+        start, end = median(first, clock), median(last, clock)
+        controls = median(first, f"control_{clock}"), median(last, f"control_{clock}")
+        over = start / controls[0], end / controls[1]
+        return {
+            "start": start,
+            "end": end,
+            "control_start": controls[0],
+            "control_end": controls[1],
+            "over_control_start": over[0],
+            "over_control_end": over[1],
+            "end_over_start": end / start,
+            "over_control_end_over_start": over[1] / over[0],
+        }
 
     return {
         "resident_mb_after_10000_tokens": after[0].resident / 1e6,

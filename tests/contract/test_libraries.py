@@ -9,7 +9,7 @@ import torch.nn.functional as F
 import transformers
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from matrix import SEGMENT, TEXT, cases, near, params, tokens
+from matrix import SEGMENT, TEXT, architectures, cases, near, params, tokens
 from peft import LoraConfig, PeftModel, get_peft_model
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -65,7 +65,7 @@ def test_trainer_takes_three_steps_and_evaluates(case, tmp_path):
     assert run.evaluate()["eval_loss"] == pytest.approx(float(expected), abs=1e-4)
 
 
-@cases()
+@architectures()
 def test_trainer_predicts_with_metrics(case, tmp_path):
     """With `compute_metrics` the Trainer gathers all that the model gives out: logits alone must arrive."""
     model, seen = case.model(), []

@@ -1,8 +1,7 @@
 """Contract 8: bf16 stays near float32, and memory itself is kept in float32."""
 
-import pytest
 import torch
-from matrix import TEXT, cases, near, tokens
+from matrix import TEXT, architectures, cases, llama, near, tokens
 
 import memlayers as ml
 
@@ -18,32 +17,47 @@ def float32_state(state, names):
             assert tensor.dtype in (torch.float32, torch.int64), (name, field, tensor.dtype)
 
 
-@torch.no_grad()
-@pytest.mark.parametrize("how", ["bf16_base", "bf16_all", "autocast"])
-@cases()
-def test_bf16_is_near_float32(case, how):
+def bf16_base(model):
+    """The base in bf16, memory as it was in float32."""
+    memories = {name: parameter.clone() for name, parameter in ml.memory_parameters(model)}
+    model.bfloat16()
+    for memory in ml.memories(model).values():
+        memory.float()
+    for name, parameter in ml.memory_parameters(model):
+        parameter.copy_(memories[name])
+    return model
+
+
+def near_float32(case, base_to, model_to, autocast=False):
     """The yardstick is the base alone in bf16 on the same text: memory may make that error a few times larger,
     since each segment reads what the one before rounded, but not of another order."""
     ids = tokens(2, TEXT)
     base, model = case.base(), case.model()
     expected_base, expected = base(ids).logits, model(ids).logits
-    if how == "autocast":
-        with torch.autocast("cpu", torch.bfloat16):
-            yardstick, output = base(ids).logits, model(ids)
-    elif how == "bf16_all":
-        yardstick, output = base.bfloat16()(ids).logits, model.bfloat16()(ids)
-    else:
-        memories = {n: p.clone() for n, p in ml.memory_parameters(model)}
-        model.bfloat16()
-        for memory in ml.memories(model).values():
-            memory.float()
-        for name, parameter in ml.memory_parameters(model):
-            parameter.copy_(memories[name])
-        yardstick, output = base.bfloat16()(ids).logits, model(ids)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        yardstick, output = base_to(base)(ids).logits, model_to(model)(ids)
     assert output.logits.isfinite().all()
     error, floor = relative(output.logits, expected), relative(yardstick, expected_base)
     assert 0 < error < 6 * floor + 0.01, f"relative error {error:.4f}, the base alone has {floor:.4f}"
     float32_state(output.memory_state, case.kind.configs)
+
+
+@torch.no_grad()
+@cases()
+def test_a_bf16_base_with_float32_memory_is_near_float32(case):
+    near_float32(case, torch.nn.Module.bfloat16, bf16_base)
+
+
+@torch.no_grad()
+@cases()
+def test_autocast_is_near_float32(case):
+    near_float32(case, lambda base: base, lambda model: model, autocast=True)
+
+
+@torch.no_grad()
+@architectures()
+def test_bf16_throughout_is_near_float32(case):
+    near_float32(case, torch.nn.Module.bfloat16, torch.nn.Module.bfloat16)
 
 
 @cases()
@@ -83,8 +97,6 @@ def test_a_bf16_model_generates_and_continues_a_state(case):
 
 def test_float64_is_not_rounded_on_the_way():
     """A text inside the first segment reads only learned memory: no float32 state stands in between."""
-    from matrix import llama
-
     model, ids = llama().model().double(), tokens(2, 4)
     with torch.no_grad():
         assert model(ids).logits.dtype == torch.float64

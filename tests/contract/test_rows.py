@@ -14,8 +14,11 @@ def rows():
     return [tokens(1, length, seed=length)[0] for length in LENGTHS]
 
 
-@pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("close", [False, True], ids=["open", "closed"])
+@pytest.mark.parametrize(
+    ("side", "close"),
+    [("left", False), ("left", True), ("right", True)],
+    ids=["left", "left_closed", "right_closed"],
+)
 @cases()
 def test_a_padded_batch_is_each_row_alone(case, side, close):
     model = case.model()

@@ -2,7 +2,6 @@
 
 import copy
 
-import pytest
 import torch
 from matrix import SEGMENT, TEXT, cases, near, same_state, tokens
 from safetensors import safe_open
@@ -183,16 +182,3 @@ def test_an_accumulating_state_grows_with_each_segment(case):
 def test_the_state_has_a_constant_size(case):
     model = case.model()
     assert ml.write(model, tokens(1, SEGMENT)).nbytes == ml.write(model, tokens(1, 9 * SEGMENT)).nbytes
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@torch.no_grad()
-@cases(*STATEFUL)
-def test_memory_is_float32(case, dtype):
-    model = case.base().to(dtype)
-    for name, config in case.kind.configs.items():
-        ml.attach(model, config, name=name)
-    state = model(tokens(2, TEXT)).memory_state
-    for name in case.kind.configs:
-        for field, tensor in state[name].items():
-            assert tensor.dtype in (torch.float32, torch.int64), (name, field)

@@ -13,20 +13,21 @@ def test_marks_cover_the_text():
     assert state.batch_size == 1
 
 
+@pytest.mark.parametrize("machine", [1.0, 3.0], ids=["steady_machine", "busy_at_the_end"])
 @pytest.mark.parametrize("slow_down", [1.0, 2.0])
-def test_growth_and_slow_down_show(slow_down):
-    """A stream that leaks 1 kB a token and gets slower is reported as such."""
-    n = 400
-    marks = [
-        Mark(500 * (i + 1), 0.1 * (slow_down if i > n // 2 else 1), 0.1, 100_000_000 + 500_000 * i)
-        for i in range(n)
-    ]
+def test_growth_and_slow_down_show(slow_down, machine):
+    """A stream that leaks 1 kB a token and gets slower is reported as such, a busy machine is not."""
+    n, marks = 400, []
+    for i in range(n):
+        busy, slower = (machine, slow_down) if i > n // 2 else (1.0, 1.0)
+        control = 0.1 * busy if i % 5 == 0 else None
+        marks.append(Mark(500 * (i + 1), 0.1 * busy * slower, 0.1, 10**8 + 500_000 * i, control, 0.1))
     report = summarize(marks)
     assert report["resident_growth_mb"] == pytest.approx((n - 20) * 0.5)
-    assert report["us_per_token_wall"]["end_over_start"] == pytest.approx(
-        dict.fromkeys(["p20", "p50", "p80"], slow_down)
-    )
-    assert report["us_per_token_cpu"]["start"]["p50"] == pytest.approx(200.0)
+    wall = report["us_per_token_wall"]
+    assert wall["end_over_start"] == pytest.approx(slow_down * machine)
+    assert wall["over_control_end_over_start"] == pytest.approx(slow_down)
+    assert report["us_per_token_cpu"]["start"] == pytest.approx(200.0)
 
 
 def test_a_base_is_always_there():
