@@ -152,9 +152,11 @@ def _decoder_forward(
     if request is None:
         raise ValueError("a MemoryCache needs the model's own forward; the decoder alone cannot read it")
     embeds = self.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
-    for positions in ("position_ids", "cache_position", "use_cache"):
-        kwargs.pop(positions, None)
-    return segments.read(base, embeds, _new_mask(attention_mask, embeds), past_key_values, request, **kwargs)
+    mask = _new_mask(attention_mask, embeds)
+    _check_unpacked(kwargs.pop("position_ids", None), mask)
+    for counted_here in ("cache_position", "use_cache"):
+        kwargs.pop(counted_here, None)
+    return segments.read(base, embeds, mask, past_key_values, request, **kwargs)
 
 
 def _prepare_inputs(self, *args, is_first_iteration=False, memory_state=None, write_memory=None, **kwargs):
@@ -207,6 +209,18 @@ def _new_mask(attention_mask: torch.Tensor | None, embeds: torch.Tensor) -> torc
             f"and cover the input of shape {(rows, n_tokens)}"
         )
     return attention_mask[:, attention_mask.shape[1] - n_tokens :].bool()
+
+
+def _check_unpacked(position_ids: torch.Tensor | None, mask: torch.Tensor) -> None:
+    """Positions are counted inside each segment; those of a caller only tell whether he packed several texts."""
+    if position_ids is None or position_ids.dim() != 2 or position_ids.shape[-1] != mask.shape[1]:
+        return
+    goes_back = (position_ids.diff(dim=1) < 0) & mask[:, 1:] & mask[:, :-1]
+    if goes_back.any():
+        raise ValueError(
+            "position_ids start again inside a row: several texts packed into one row would share a memory. "
+            "Give each text a row of its own, padded, with an attention_mask"
+        )
 
 
 def _check_inputs(inputs: torch.Tensor | None, labels: torch.Tensor | None) -> None:

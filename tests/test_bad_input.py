@@ -285,3 +285,13 @@ def test_assisted_decoding_is_refused(how, given):
         options["past_key_values"] = ml.write(model, tokens(1, TEXT)).to_cache()
     with pytest.raises((NotImplementedError, ValueError), match=says("crop", "greedy")):
         model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False, **options)
+
+
+def test_packed_texts_in_one_row_are_refused(tiny_llama):
+    ml.attach(tiny_llama, ml.MemoryTokensConfig(n_tokens=2, segment_length=8))
+    ids = torch.randint(3, 40, (1, 12))
+    positions = torch.arange(12)[None]
+    plain = tiny_llama(ids).logits
+    assert torch.equal(tiny_llama(ids, position_ids=positions).logits, plain)
+    with pytest.raises(ValueError, match="packed into one row"):
+        tiny_llama(ids, position_ids=positions % 6)
