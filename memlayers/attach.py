@@ -9,6 +9,7 @@ and `prepare_inputs_for_generation` (tells prompt from generated tokens). `detac
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from torch import nn
@@ -72,8 +73,7 @@ def detach(model: PreTrainedModel, name: str | None = None) -> PreTrainedModel:
         KeyError: no memory of that name.
     """
     present = memories(model)
-    if name is not None and name not in present:
-        raise KeyError(f"no memory named {name!r} in this model; it has {sorted(present) or 'none'}")
+    _check_present(present, [] if name is None else [name])
     wrapper, model = model, bare(model)
     root = getattr(model, ROOT, None)
     for each in [name] if name is not None else list(present):
@@ -96,9 +96,7 @@ def disabled(model: nn.Module, *names: str):
         KeyError: no memory of that name.
     """
     present = memories(model)
-    for name in names:
-        if name not in present:
-            raise KeyError(f"no memory named {name!r} in this model; it has {sorted(present) or 'none'}")
+    _check_present(present, names)
     chosen = [present[name] for name in names or present]
     before = [memory.enabled for memory in chosen]
     for memory in chosen:
@@ -108,6 +106,12 @@ def disabled(model: nn.Module, *names: str):
     finally:
         for memory, enabled in zip(chosen, before, strict=True):
             memory.enabled = enabled
+
+
+def _check_present(present: dict[str, Memory], names: Iterable[str]) -> None:
+    for name in names:
+        if name not in present:
+            raise KeyError(f"no memory named {name!r} in this model; it has {sorted(present) or 'none'}")
 
 
 def _check_name(model: nn.Module, name: str) -> None:

@@ -22,10 +22,6 @@ TASKS = {"passkey": PasskeyTask, "needle": NeedleTask}
 
 TaskConfig = Annotated[PasskeyConfig | NeedleConfig, Field(discriminator="type")]
 
-
-Task = PasskeyTask | NeedleTask
-
-
 Task = PasskeyTask | NeedleTask
 
 
