@@ -8,9 +8,23 @@ from pydantic import Field, PlainValidator, model_validator
 
 from memlayers.config import ConfigError, Strict, validate
 from memlayers.kinds import AnyMemoryConfig
-from memlayers.tasks import TaskConfig
 
-Regime = Literal["D", "W", "F"]
+from .data_config import AnyData, DatasetData, JsonlData, TaskData, TextData
+
+__all__ = [
+    "AnyData",
+    "CurriculumSection",
+    "DatasetData",
+    "JsonlData",
+    "LoraSection",
+    "LossSection",
+    "ModelSection",
+    "OptimizerSection",
+    "ScheduleSection",
+    "TaskData",
+    "TextData",
+    "TrainConfig",
+]
 
 
 class ModelSection(Strict):
@@ -61,78 +75,6 @@ class LoraSection(Strict):
     alpha: float = Field(32.0, gt=0)
     dropout: float = Field(0.0, ge=0, lt=1)
     target_modules: Annotated[list[str] | Literal["all-linear"], PlainValidator(_modules)] = "all-linear"
-
-
-class TaskData(Strict):
-    """Items that a task of `memlayers.tasks` makes, without end.
-
-    Attributes:
-        task: which task, and its fields.
-        regime: `D` writes the context, drops the window, asks with memory alone; `W` runs context, question
-            and answer as one sequence through the wrapped model; `F` the same with full attention.
-        segment_length: tokens a segment counts for lengths; None: the window of the wrapped model.
-        segments: fixed number of segments of an item (context, question and answer); None with a curriculum.
-    """
-
-    type: Literal["task"] = "task"
-    task: TaskConfig
-    regime: Regime = "D"
-    segment_length: int | None = Field(None, ge=1)
-    segments: int | None = Field(None, ge=1)
-
-
-class TextData(Strict):
-    """Local text files, tokenised and packed into sequences of `length` tokens.
-
-    Attributes:
-        files: paths or globs; every one must match.
-        length: tokens of a sequence.
-    """
-
-    type: Literal["text"] = "text"
-    files: list[str] = Field(min_length=1)
-    length: int = Field(512, ge=2)
-
-
-class JsonlData(Strict):
-    """Local JSON lines: `text` (packed as in `text`), or `context`, `question` and `answer`.
-
-    Attributes:
-        files: paths or globs; every one must match.
-        length: tokens of a packed sequence; for question lines the most a whole item may have.
-        regime: how question lines run, see `TaskData`.
-    """
-
-    type: Literal["jsonl"] = "jsonl"
-    files: list[str] = Field(min_length=1)
-    length: int = Field(512, ge=2)
-    regime: Regime = "D"
-
-
-class DatasetData(Strict):
-    """A dataset of the `datasets` library, packed into sequences of `length` tokens.
-
-    Attributes:
-        path: name on the hub, a folder, or what `Dataset.save_to_disk` wrote.
-        name: configuration of the dataset.
-        split: which split, slices such as `train[:1%]` included.
-        text_field: column with the text.
-        length: tokens of a sequence.
-        streaming: read while training; then order is the dataset's, shuffled in a buffer.
-        shuffle_buffer: rows of that buffer.
-    """
-
-    type: Literal["dataset"] = "dataset"
-    path: str
-    name: str | None = None
-    split: str = "train"
-    text_field: str = "text"
-    length: int = Field(512, ge=2)
-    streaming: bool = False
-    shuffle_buffer: int = Field(1000, ge=1)
-
-
-AnyData = Annotated[TaskData | TextData | JsonlData | DatasetData, Field(discriminator="type")]
 
 
 class LossSection(Strict):
