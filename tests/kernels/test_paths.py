@@ -41,7 +41,7 @@ def test_unknown_names(monkeypatch):
 
 
 def test_paths_that_cannot_run_here(monkeypatch):
-    with pytest.raises(ValueError, match="'cpu'.*on cuda:0"):
+    with pytest.raises(ValueError, match=r"'cpu'.*on cuda:0"):
         choose("f", CUDA, "cpu")
     with pytest.raises(ValueError, match="TRITON_INTERPRET=1"):
         choose("f", CPU, "triton")
