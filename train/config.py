@@ -9,12 +9,13 @@ from pydantic import Field, PlainValidator, model_validator
 from memlayers.config import ConfigError, Strict, validate
 from memlayers.kinds import AnyMemoryConfig
 
-from .data_config import AnyData, DatasetData, JsonlData, TaskData, TextData
+from .data_config import AnyData, DatasetData, FactsData, JsonlData, TaskData, TextData
 
 __all__ = [
     "AnyData",
     "CurriculumSection",
     "DatasetData",
+    "FactsData",
     "JsonlData",
     "LoraSection",
     "LossSection",

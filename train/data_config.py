@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from memlayers.config import Strict
-from memlayers.tasks import TaskConfig
+from memlayers.config import ConfigError, Strict
+from memlayers.tasks import FactsConfig, TaskConfig
 
 Regime = Literal["D", "W", "F"]
 
@@ -81,4 +81,28 @@ class DatasetData(Strict):
     shuffle_buffer: int = Field(1000, ge=1)
 
 
-AnyData = Annotated[TaskData | TextData | JsonlData | DatasetData, Field(discriminator="type")]
+class FactsData(Strict):
+    """Fictional facts, taught without context: every fact in every training prompt is one item of an epoch.
+
+    Attributes:
+        facts: which facts; evaluation asks for the same ones when its block is the same.
+        batch: the first batch, or the one to learn later.
+        rehearse: facts of the first batch, drawn once, that are taught along with the later one.
+    """
+
+    type: Literal["facts"] = "facts"
+    facts: FactsConfig = FactsConfig()
+    batch: Literal["first", "later"] = "first"
+    rehearse: int = Field(0, ge=0)
+
+    @model_validator(mode="after")
+    def _has_facts(self):
+        if self.batch == "later" and self.facts.n_later == 0:
+            raise ConfigError("facts.n_later: 0 facts are in the batch that is to be taught")
+        most = self.facts.n_facts if self.batch == "later" else 0
+        if self.rehearse > most:
+            raise ConfigError(f"rehearse: at most {most} facts of the first batch are not taught anyway")
+        return self
+
+
+AnyData = Annotated[TaskData | TextData | JsonlData | DatasetData | FactsData, Field(discriminator="type")]

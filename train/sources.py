@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import json
+import random
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
@@ -11,9 +12,9 @@ from pathlib import Path
 import datasets
 
 from memlayers.config import ConfigError
-from memlayers.tasks import rng_for
+from memlayers.tasks import FactsTask, rng_for
 
-from .config import DatasetData, TaskData, TextData, TrainConfig
+from .config import DatasetData, FactsData, TaskData, TextData, TrainConfig
 from .data import Batch, Example, ExampleSource, TaskSource, collate
 
 
@@ -36,6 +37,8 @@ def make_source(config: TrainConfig, tokenizer, window: int | None) -> Source:
         stages = config.curriculum.stages if config.curriculum else [data.segments]
         _check_lengths(source, stages)
         return source
+    if isinstance(data, FactsData):
+        return ExampleSource(_facts(data, tokenizer), "P", batch_size, seed, has_accuracy=True)
     if isinstance(data, DatasetData) and data.streaming:
         return StreamSource(data, tokenizer, batch_size, seed)
     if isinstance(data, DatasetData):
@@ -61,6 +64,15 @@ def _check_lengths(source: TaskSource, stages: list[int]) -> None:
         source.task.sample(rng_for("train", 0, 0), max(stages[0], 1) * source.segment_length)
     except ValueError as error:
         raise ConfigError(f"data: {stages[0]} segments of {source.segment_length} tokens: {error}") from None
+
+
+def _facts(data: FactsData, tokenizer) -> list[Example]:
+    """Every fact of the batch, and those rehearsed, in every training prompt."""
+    task = FactsTask(data.facts, tokenizer)
+    facts = task.later if data.batch == "later" else task.first
+    facts = facts + random.Random(f"memlayers:rehearse:{data.facts.seed}").sample(task.first, data.rehearse)
+    asked = task.questions(facts, "trained")
+    return [Example((), [*task.bos, *q.ids], q.answer_ids) for questions in asked for q in questions]
 
 
 class PackedSequences(Sequence):

@@ -4,7 +4,8 @@
     sample = task.sample(rng_for("train", seed=0, index=7), length=512, depth=0.5)
 
 `length` counts context, question and answer, as in RULER. Training and evaluation share nothing: other random
-streams (`rng_for`), other keys (`kinds.split_of`), and other parts of a prose file (`filler.ProseFiller`).
+streams (`rng_for`), other keys (`kinds.split_of`), and other parts of a prose file (`filler.ProseFiller`). The
+exception are the facts (`facts.FactsTask`), which have no context: what was taught is what is asked.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Annotated
 
 from pydantic import Field
 
+from memlayers.tasks.facts import Fact, FactsConfig, FactsTask
 from memlayers.tasks.haystack import Question, Sample, rng_for
 from memlayers.tasks.kinds import Split
 from memlayers.tasks.needle import NeedleConfig, NeedleTask
@@ -36,6 +38,9 @@ def make_task(config: PasskeyConfig | NeedleConfig, tokenizer, split: Split = "t
 
 __all__ = [
     "TASKS",
+    "Fact",
+    "FactsConfig",
+    "FactsTask",
     "NeedleConfig",
     "NeedleTask",
     "PasskeyConfig",
