@@ -62,6 +62,5 @@ def check(table: torch.Tensor, indices: torch.Tensor, weights: torch.Tensor) -> 
         )
     devices = {table.device, indices.device, weights.device}
     if len(devices) > 1:
-        raise ValueError(
-            f"table, indices and weights: must be on one device, not on {sorted(map(str, devices))}"
-        )
+        found = ", ".join(sorted(map(str, devices)))
+        raise ValueError(f"table, indices and weights: must be on one device, not on {found}")

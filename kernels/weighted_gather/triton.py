@@ -253,7 +253,9 @@ def table_gradient_kernel(
         tl.store(values + slot * WIDTH + columns, total, mask=inside)
 
 
-def compile_case(kernel: triton.JITFunction, pointers: dict, dtype: str, num_warps: int, **constexprs) -> dict:
+def compile_case(
+    kernel: triton.JITFunction, pointers: dict, dtype: str, num_warps: int, **constexprs
+) -> dict:
     """A case for tests/kernels/test_compile.py: what a launch with width 1024 and 128 reads a bag compiles."""
     constexprs = {"WIDTH": 1024, "SUM": tl.float32, **constexprs}
     signature = {**pointers, "n_rows": "i32", "n": "i32", **{name: "constexpr" for name in constexprs}}
