@@ -125,12 +125,11 @@ def table_gradient(
         with torch.cuda.device_of(grad):
             table_gradient_kernel[grid](
                 grad,
-                weights,
-                order,
+                weights.view(-1)[order],
+                order // indices.shape[-1],
                 slots,
                 ends,
                 values,
-                indices.shape[-1],
                 WIDTH=width,
                 BLOCK=block,
                 READS=4,
@@ -218,17 +217,16 @@ def weight_gradient_kernel(
 def table_gradient_kernel(
     grad,
     weights,
-    order,
+    bags,
     slots,
     ends,
     values,
-    n,
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
     READS: tl.constexpr,
     SUM: tl.constexpr,
 ):
-    """One program per read, in the order of the rows, and block of columns.
+    """One program per read, in the order of the rows (weights and bags are in that order), and block of columns.
 
     The first read of a row (slots[position] >= 0: the row of `values` to write) goes through all reads of its row,
     up to ends[position]; the others have nothing to do.
@@ -242,10 +240,10 @@ def table_gradient_kernel(
         end = tl.load(ends + position)
         for begin in range(position, end, READS):
             reads = begin + tl.arange(0, READS)
-            read = tl.load(order + reads, mask=reads < end, other=0)
-            weight = tl.load(weights + read, mask=reads < end, other=0).to(SUM)
+            bag = tl.load(bags + reads, mask=reads < end, other=0)
+            weight = tl.load(weights + reads, mask=reads < end, other=0).to(SUM)
             directions = tl.load(
-                grad + (read // n)[:, None] * WIDTH + columns[None, :],
+                grad + bag[:, None] * WIDTH + columns[None, :],
                 mask=(reads < end)[:, None] & inside[None, :],
                 other=0,
             ).to(SUM)
@@ -292,7 +290,7 @@ for _dtype in ("bf16", "fp32"):
         ),
         compile_case(
             table_gradient_kernel,
-            {"grad": _f, "weights": _f, "order": _i, "slots": "*i32", "ends": _i, "values": _f},
+            {"grad": _f, "weights": _f, "bags": _i, "slots": "*i32", "ends": _i, "values": _f},
             _dtype,
             num_warps=4,
             BLOCK=1024,
