@@ -5,8 +5,8 @@ Plain `F.embedding_bag` spends most of its time in the backward pass, on tables 
 - the reads are sorted by row, so that the gradient to the weights reads each row of the table once, in order;
 - the gradient to the table is itself a weighted gather: its bags are the table's rows, and what they gather are the
   rows of grad_out, few enough to stay in the cache. Each row is written once, in order: deterministic, coalesced;
-- that gradient is made in pieces of cache size and copied into memory that was asked to come in huge pages: handing
-  out fresh pages of 4 KB otherwise takes Linux longer than all the arithmetic.
+- that gradient is made in pieces of cache size and copied into memory that was asked to come in huge pages: Linux
+  otherwise takes longer to hand out fresh pages of 4 KB than it takes to compute what goes into them.
 
 FBGEMM accumulates float16 and bfloat16 in float32.
 """
