@@ -17,6 +17,7 @@ from .config import ConfigError, MemoryConfig  # noqa: E402
 from .kinds import parse_memory_config  # noqa: E402
 from .memory import Memory  # noqa: E402
 from .model import memories, memory_parameters, window  # noqa: E402
+from .product_key import ProductKeyMemories, ProductKeyMemory, ProductKeyMemoryConfig  # noqa: E402
 from .state import MemoryCache, MemoryState  # noqa: E402
 from .stream import write  # noqa: E402
 from .tokens import MemoryTokens, MemoryTokensConfig  # noqa: E402
@@ -29,6 +30,9 @@ __all__ = [
     "MemoryState",
     "MemoryTokens",
     "MemoryTokensConfig",
+    "ProductKeyMemories",
+    "ProductKeyMemory",
+    "ProductKeyMemoryConfig",
     "attach",
     "detach",
     "disabled",

@@ -95,11 +95,14 @@ def _model_forward(self, *args, memory_state=None, close_memory=False, write_mem
         The model's output with `memory_state` and, where a cache is used, a `MemoryCache`.
 
     Raises:
-        ValueError: labels of another length than the input; a state of another batch size or memory.
+        ValueError: labels of another length than the input; a state of another batch size or memory, or where
+            no memory keeps one.
     """
     base, reading = _base(self, "forward"), segmented(self)
     arguments = _by_name(base, args, kwargs)
     if not reading:
+        if memory_state is not None:
+            raise ValueError("memory_state= was given, but no enabled memory of this model keeps a state")
         if isinstance(arguments.get("past_key_values"), MemoryCache):
             raise ValueError(
                 "past_key_values is a MemoryCache, but every memory of this model is disabled; give a plain cache "

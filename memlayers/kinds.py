@@ -9,10 +9,12 @@ import pydantic
 
 from .config import ConfigError, MemoryConfig, validate
 from .memory import Memory
+from .product_key import ProductKeyMemories, ProductKeyMemoryConfig
 from .tokens import MemoryTokens, MemoryTokensConfig
 
 KINDS: dict[str, tuple[type[MemoryConfig], type[Memory]]] = {
     "tokens": (MemoryTokensConfig, MemoryTokens),
+    "product_key": (ProductKeyMemoryConfig, ProductKeyMemories),
 }
 
 

@@ -46,6 +46,7 @@ class Kind:
         segmented: reads a long input in segments; the window ends at a segment's end.
         accumulates: the state grows with the text.
         decoding_writes: `write_while_decoding` is on.
+        replaces: takes the place of an MLP, whose parameters get no gradient then.
     """
 
     name: str
@@ -55,6 +56,7 @@ class Kind:
     segmented: bool = True
     accumulates: bool = False
     decoding_writes: bool = False
+    replaces: bool = False
 
     def with_fields(self, **fields) -> Kind:
         """The same memories with some fields of their configs changed."""
@@ -83,10 +85,10 @@ def wrap(model: PreTrainedModel, kind: Kind, shake: bool = True, **attach) -> Pr
     torch.manual_seed(1)
     for name, config in kind.configs.items():
         ml.attach(model, config, name=name, **attach)
-    if shake and not kind.additive:
+    if shake:
         with torch.no_grad():
             for _, parameter in ml.memory_parameters(model):
-                parameter.add_(torch.randn_like(parameter) * parameter.std().nan_to_num(0.1).clamp(min=0.05))
+                parameter.add_(torch.randn_like(parameter) * parameter.std(correction=0).clamp(min=0.05))
     return model
 
 
@@ -109,6 +111,12 @@ def pad(rows: list[torch.Tensor], side: str) -> tuple[torch.Tensor, torch.Tensor
         where = slice(width - len(row), width) if side == "left" else slice(0, len(row))
         ids[index, where], mask[index, where] = row, 1
     return ids, mask
+
+
+def positions(case: Case, mask: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Positions of a padded batch, where the caller has to give them: kinds that read in segments count on
+    their own, the others leave it to the model, which counts padding as well."""
+    return {} if case.kind.segmented else {"position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
 
 
 def near(got: torch.Tensor, expected: torch.Tensor, tolerance: float = 2e-4) -> None:
@@ -214,6 +222,24 @@ KINDS = [
         },
         accumulates=True,
     ),
+]
+
+
+def _product_key(name: str, **fields) -> Kind:
+    """Tables of 8² slots in the last layer."""
+    small = {"layers": [-1], "n_keys": 8, "heads": 2, "top_k": 4, "key_dim": 8}
+    config = ml.ProductKeyMemoryConfig(**{**small, **fields})
+    replaces = config.placement == "replace"
+    return Kind(
+        name, {"facts": config}, additive=not replaces, stateful=False, segmented=False, replaces=replaces
+    )
+
+
+KINDS += [
+    _product_key("product_key", layers=[0, 1], value_dim=24),
+    _product_key("product_key_gate", gate="learned", score="sigmoid", share_values=False, heads=3),
+    _product_key("product_key_plain", gate="none", value_proj=False, value_init="zero", qk_norm=False),
+    _product_key("product_key_replace", placement="replace", score="relu", key_init="normal"),
 ]
 
 

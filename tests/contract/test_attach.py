@@ -81,8 +81,7 @@ def test_disabled_is_the_base_bit_for_bit(case):
         with ml.disabled(model):
             assert torch.equal(model(ids).logits, expected)
         assert torch.equal(model(ids).logits, wrapped)
-    if not case.kind.additive:
-        assert (wrapped - expected).abs().max() > 1e-2
+    assert (wrapped - expected).abs().max() > 1e-2
 
 
 @cases()
@@ -149,7 +148,8 @@ def test_freeze_base_false_trains_both(case):
     model.train()
     model(ids, labels=ids).loss.backward()
     for name, parameter in model.named_parameters():
-        assert parameter.grad is not None, name
+        unused = case.kind.replaces and ".mlp." in name
+        assert parameter.grad is not None or unused, name
 
 
 @cases(lambda kind: kind.segmented, "does not read in segments")

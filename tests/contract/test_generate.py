@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from matrix import SEGMENT, TEXT, cases, llama, near, pad, same_state, tokens
+from matrix import SEGMENT, TEXT, cases, llama, near, pad, positions, same_state, tokens
 
 import memlayers as ml
 
+STATEFUL = (lambda kind: kind.stateful, "keeps no state")
 PROMPT, NEW = SEGMENT + 3, 9  # the prompt ends inside its second segment, the answer crosses two segment ends
 
 
@@ -25,9 +26,9 @@ def generate(model, ids, new=NEW, mask=None, **options):
 
 
 def recompute(model, ids, answer, state=None, writes=False):
-    """Logits for each token of `answer` without any cache: the text so far in one call when decoding writes,
-    else the prompt in one call and the answer in one more, which writes nothing."""
-    if writes:
+    """Logits for each token of `answer` without any cache: the text so far in one call when decoding writes or
+    nothing is ever written, else the prompt in one call and the answer in one more, which writes nothing."""
+    if writes or (state is None and not ml.model.segmented(model)):
         whole = model(torch.cat([ids, answer[:, :-1]], 1), memory_state=state, use_cache=False).logits
         return whole[:, ids.shape[1] - 1 :]
     prompt = model(ids, memory_state=state, use_cache=False)
@@ -43,12 +44,12 @@ def test_greedy(case):
     near(logits, recompute(model, ids, answer, writes=case.kind.decoding_writes))
     assert torch.equal(answer, logits.argmax(-1))
     cache = output.past_key_values
-    assert isinstance(cache, ml.MemoryCache)
+    assert isinstance(cache, ml.MemoryCache) == case.kind.segmented
     assert cache.get_seq_length() == PROMPT + NEW - 1
 
 
 @torch.no_grad()
-@cases()
+@cases(*STATEFUL)
 def test_greedy_from_a_written_state(case):
     model, question = case.model(), tokens(2, 2, seed=4)  # short, so that a sliding window reaches memory
     state = ml.write(model, tokens(2, TEXT))
@@ -100,7 +101,7 @@ def test_beams(case):
 
 
 @torch.no_grad()
-@cases()
+@cases(*STATEFUL)
 def test_beams_from_a_written_state(case):
     model, question, beams = case.model(), tokens(2, 5, seed=4), 3
     state = ml.write(model, tokens(2, TEXT))
@@ -134,11 +135,12 @@ def test_two_calls_split_at_every_offset(case):
     for offset in range(1, ids.shape[1]):
         first = model(ids[:, :offset], use_cache=True)
         given = [{"past_key_values": first.past_key_values}]
-        given += [{"memory_state": first.memory_state}] if offset % 4 == 0 else []
+        given += [{"memory_state": first.memory_state}] if case.kind.stateful and offset % 4 == 0 else []
         for state in given[::-1]:
             second = model(ids[:, offset:], write_memory=True, **state)
             near(torch.cat([first.logits, second.logits], 1), whole.logits)
-            same_state(second.memory_state, whole.memory_state)
+            if case.kind.stateful:
+                same_state(second.memory_state, whole.memory_state)
 
 
 @torch.no_grad()
@@ -147,11 +149,19 @@ def test_split_of_a_padded_batch_at_every_offset(case):
     """The first call of a left-padded row may be padding only."""
     model = case.model()
     ids, mask = pad([tokens(1, TEXT, seed=1)[0], tokens(1, 4, seed=2)[0]], "left")
-    whole = model(ids, attention_mask=mask)
+    place = positions(case, mask)
+    whole = model(ids, attention_mask=mask, **place)
     for offset in range(1, ids.shape[1], 2):
-        first = model(ids[:, :offset], attention_mask=mask[:, :offset], use_cache=True)
+        before, after = (
+            {k: p[:, part] for k, p in place.items()} for part in (slice(offset), slice(offset, None))
+        )
+        first = model(ids[:, :offset], attention_mask=mask[:, :offset], use_cache=True, **before)
         second = model(
-            ids[:, offset:], attention_mask=mask, past_key_values=first.past_key_values, write_memory=True
+            ids[:, offset:],
+            attention_mask=mask,
+            past_key_values=first.past_key_values,
+            write_memory=True,
+            **after,
         )
         got = torch.cat([first.logits, second.logits], 1)
         near(got[mask.bool()], whole.logits[mask.bool()])
@@ -184,8 +194,10 @@ def test_generation_without_a_cache_across_segments(case):
 @cases()
 def test_generation_without_a_cache_inside_a_segment(case):
     model, ids = case.model(), tokens(2, SEGMENT + 1)
-    state = ml.write(model, tokens(2, TEXT, seed=6))
-    for given in ({}, {"memory_state": state}):
+    given_states = [{}]
+    if case.kind.stateful:
+        given_states.append({"memory_state": ml.write(model, tokens(2, TEXT, seed=6))})
+    for given in given_states:
         cached, logits, _ = generate(model, ids, new=4, **given)
         plain, plain_logits, _ = generate(model, ids, new=4, use_cache=False, **given)
         near(plain_logits, logits)
@@ -193,7 +205,7 @@ def test_generation_without_a_cache_inside_a_segment(case):
 
 
 @torch.no_grad()
-@cases()
+@cases(*STATEFUL)
 def test_a_second_turn_on_the_same_cache(case):
     """The second prompt is read and written like any prompt, the first answer before it as what it was."""
     model, ids = case.model(), tokens(2, PROMPT)

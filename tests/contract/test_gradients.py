@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from matrix import SEGMENT, cases, llama, near, pad, tokens
+from matrix import SEGMENT, cases, llama, near, pad, positions, tokens
 
 import memlayers as ml
 
@@ -12,7 +12,7 @@ def gradients(model, ids, **inputs):
     output = model(ids, labels=ids, close_memory=True, **inputs)
     written = sum(
         t.float().pow(2).mean()
-        for name, part in output.memory_state.fields.items()
+        for name, part in (output.memory_state.fields.items() if "memory_state" in output else ())
         if name in ml.memories(model)
         for t in part.values()
         if t.is_floating_point()
@@ -53,7 +53,7 @@ def test_the_loss_is_the_mean_over_labelled_next_tokens(case):
     labels = torch.where(mask.bool(), ids, -100)
     labels[0, :SEGMENT] = -100
     with torch.no_grad():
-        output = model(ids, attention_mask=mask, labels=labels)
+        output = model(ids, attention_mask=mask, labels=labels, **positions(case, mask))
     log_probs, losses = output.logits.float().log_softmax(-1), []
     for row in range(2):
         for place in range(1, ids.shape[1]):
