@@ -25,6 +25,7 @@ __all__ = [
     "TaskData",
     "TextData",
     "TrainConfig",
+    "ValuesSection",
 ]
 
 
@@ -148,6 +149,26 @@ class CurriculumSection(Strict):
         return list(range(self.segments.start, self.segments.stop + 1, self.segments.step))
 
 
+class ValuesSection(Strict):
+    """A `RowSparseAdamW` for the value tables of product-key memories: a step costs what the rows that were read
+    cost, see `memlayers.train.row_sparse_adamw`.
+
+    Attributes:
+        learning_rate: of the tables; ten times that of the rest in 2412.09764.
+        state: how moments are kept: `float32` (8 bytes an element), `bfloat16` (4, stochastic rounding) or `row`
+            (4, one second moment a row).
+        betas: the two decay rates.
+        eps: epsilon.
+        weight_decay: acts on a row when it is read.
+    """
+
+    learning_rate: float = Field(1e-3, gt=0)
+    state: Literal["float32", "bfloat16", "row"] = "float32"
+    betas: list[Annotated[float, Field(ge=0, lt=1)]] = Field([0.9, 0.999], min_length=2, max_length=2)
+    eps: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(0.0, ge=0)
+
+
 class OptimizerSection(Strict):
     """AdamW, with a learning rate for the memory and one for base or LoRA.
 
@@ -159,6 +180,8 @@ class OptimizerSection(Strict):
         betas: AdamW's two decay rates.
         eps: AdamW's epsilon.
         fused: torch's fused step.
+        values: an optimizer of their own for the value tables of product-key memories; None: they learn as the
+            rest of the memory does, with dense gradients.
     """
 
     type: Literal["adamw"] = "adamw"
@@ -169,6 +192,7 @@ class OptimizerSection(Strict):
     betas: list[float] = Field([0.9, 0.999], min_length=2, max_length=2)
     eps: float = Field(1e-8, gt=0)
     fused: bool = True
+    values: ValuesSection | None = None
 
 
 class ScheduleSection(Strict):

@@ -1,4 +1,4 @@
-"""Parameter groups, the optimizer and the schedule, and a gradient norm that knows sparse gradients."""
+"""Parameter groups, the optimizers and their schedules, and a gradient norm that knows sparse gradients."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ from transformers import get_scheduler
 
 import memlayers as ml
 from memlayers.config import ConfigError
+from memlayers.product_key import sparse_gradients, value_tables
 
 from .config import OptimizerSection, TrainConfig
+from .row_sparse_adamw import RowSparseAdamW, coalesce_rows
 
 LORA = ".lora_"
 """In the names of all parameters that PEFT adds: lora_A, lora_B, lora_embedding_A, lora_magnitude_vector."""
@@ -38,8 +40,31 @@ def choose_parameters(model: nn.Module, train_what: str) -> None:
         )
 
 
-def parameter_groups(model: nn.Module, config: OptimizerSection) -> list[dict]:
-    """AdamW's groups: memory, base and LoRA, each with and without weight decay. Frozen ones are left out.
+def row_sparse_tables(model: nn.Module, config: OptimizerSection) -> dict[str, nn.Parameter]:
+    """The value tables that `optimizer.values` is for, by name; none without that section.
+
+    Their gradients are made row-sparse.
+
+    Raises:
+        ConfigError: the section is given and no value table learns.
+    """
+    if config.values is None:
+        return {}
+    tables = {name: table for name, table in value_tables(model).items() if table.requires_grad}
+    if not tables:
+        raise ConfigError(
+            "optimizer.values: no memory of this model has a value table that learns; add one of type product_key "
+            "under memories, or leave this section out"
+        )
+    sparse_gradients(model)
+    return tables
+
+
+def parameter_groups(
+    model: nn.Module, config: OptimizerSection, leave_out: Iterable[nn.Parameter] = ()
+) -> list[dict]:
+    """AdamW's groups: memory, base and LoRA, each with and without weight decay. Frozen ones are left out, and
+    those of `leave_out`.
 
     Vectors (norms, biases) have no decay, nor has any parameter of a memory that is used as it stands and not
     as the matrix of a linear map (the tokens a memory starts from, embeddings, tables).
@@ -55,9 +80,10 @@ def parameter_groups(model: nn.Module, config: OptimizerSection) -> list[dict]:
         "base": config.base_learning_rate or config.learning_rate,
         "lora": config.lora_learning_rate or config.learning_rate,
     }
+    others = {id(parameter) for parameter in leave_out}
     groups: dict[tuple[str, bool], list] = {}
     for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
+        if not parameter.requires_grad or id(parameter) in others:
             continue
         part = "memory" if id(parameter) in memory else "lora" if LORA in name else "base"
         decay = parameter.dim() > 1 and (part != "memory" or id(parameter) in matrices)
@@ -74,11 +100,29 @@ def parameter_groups(model: nn.Module, config: OptimizerSection) -> list[dict]:
     ]
 
 
-def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW over the parameters that learn."""
-    optimizer = config.optimizer
-    groups = parameter_groups(model, optimizer)
-    return torch.optim.AdamW(groups, betas=tuple(optimizer.betas), eps=optimizer.eps, fused=optimizer.fused)
+def make_optimizers(
+    model: nn.Module, config: TrainConfig, tables: dict[str, nn.Parameter]
+) -> list[torch.optim.Optimizer]:
+    """AdamW over the parameters that learn, and `RowSparseAdamW` over `tables` (see `row_sparse_tables`)."""
+    section, optimizers = config.optimizer, []
+    if groups := parameter_groups(model, section, leave_out=tables.values()):
+        optimizers.append(
+            torch.optim.AdamW(groups, betas=tuple(section.betas), eps=section.eps, fused=section.fused)
+        )
+    if tables:
+        values, names = section.values, list(tables)
+        optimizers.append(
+            RowSparseAdamW(
+                [{"name": "values", "params": list(tables.values()), "parameter_names": names}],
+                lr=values.learning_rate,
+                betas=tuple(values.betas),
+                eps=values.eps,
+                weight_decay=values.weight_decay,
+                state=values.state,
+                seed=config.seed,
+            )
+        )
+    return optimizers
 
 
 def make_schedule(
@@ -103,7 +147,7 @@ def clip_gradients(parameters: Iterable[nn.Parameter], largest: float | None) ->
         if parameter.grad is None:
             continue
         if parameter.grad.is_sparse:
-            parameter.grad = parameter.grad.coalesce()
+            parameter.grad = coalesce_rows(parameter.grad)
             values.append(parameter.grad._values())
         else:
             values.append(parameter.grad)

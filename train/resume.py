@@ -51,8 +51,8 @@ def save_checkpoint(
     folder: Path,
     progress: Progress,
     model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    schedule: torch.optim.lr_scheduler.LRScheduler,
+    optimizers: list[torch.optim.Optimizer],
+    schedules: list[torch.optim.lr_scheduler.LRScheduler],
     config: dict[str, Any],
     keep: int,
     rank: int = 0,
@@ -80,10 +80,11 @@ def save_checkpoint(
     barrier()
     if rank == 0:
         _write_tensors(temporary / "model.safetensors", trained_tensors(model))
-        tensors, numbers = optimizer_state(model, optimizer)
+        tensors, numbers = optimizer_state(model, optimizers)
         _write_tensors(temporary / "optimizer.safetensors", tensors)
-        state = {"progress": asdict(progress), "optimizer": numbers, "schedule": schedule.state_dict()}
-        _write_json(temporary / "state.json", {**state, "config": config})
+        state = {"progress": asdict(progress), "optimizers": numbers, "config": config}
+        state["schedules"] = [schedule.state_dict() for schedule in schedules]
+        _write_json(temporary / "state.json", state)
         sizes = {path.name: path.stat().st_size for path in sorted(temporary.iterdir())}
         _write_json(temporary / COMPLETE, sizes)
         _sync_folder(temporary)
@@ -125,8 +126,8 @@ def complete_checkpoints(folder: Path) -> list[Path]:
 def load_checkpoint(
     checkpoint: Path,
     model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    schedule: torch.optim.lr_scheduler.LRScheduler,
+    optimizers: list[torch.optim.Optimizer],
+    schedules: list[torch.optim.lr_scheduler.LRScheduler],
     rank: int = 0,
 ) -> Progress:
     """Put everything back as it was when `checkpoint` was written, random states last.
@@ -137,8 +138,9 @@ def load_checkpoint(
     state = json.loads((checkpoint / "state.json").read_text())
     restore_tensors(model, _read_tensors(checkpoint / "model.safetensors"), checkpoint / "model.safetensors")
     tensors = _read_tensors(checkpoint / "optimizer.safetensors")
-    restore_optimizer(model, optimizer, tensors, state["optimizer"], checkpoint / "optimizer.safetensors")
-    schedule.load_state_dict(state["schedule"])
+    restore_optimizers(model, optimizers, tensors, state["optimizers"], checkpoint / "optimizer.safetensors")
+    for schedule, saved in zip(schedules, state["schedules"], strict=True):
+        schedule.load_state_dict(saved)
     own = checkpoint / f"random-{rank}.safetensors"
     if not own.is_file():
         raise ValueError(f"{checkpoint} has no {own.name}: it was written by fewer processes than run now")
@@ -176,40 +178,49 @@ def restore_tensors(model: nn.Module, tensors: dict[str, torch.Tensor], source: 
         tensor.data.copy_(tensors[name])
 
 
-def optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict, dict]:
-    """State tensors as `exp_avg/name of parameter`; other numbers of the state and of the groups for JSON."""
+def optimizer_state(model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> tuple[dict, dict]:
+    """State tensors as `exp_avg/name of parameter`; other numbers of the states and of the groups for JSON."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     tensors, numbers = {}, {}
-    for parameter, entries in optimizer.state.items():
-        for key, value in entries.items():
-            kept = tensors if isinstance(value, torch.Tensor) else numbers
-            kept[f"{key}/{names[id(parameter)]}"] = value
+    for optimizer in optimizers:
+        for parameter, entries in optimizer.state.items():
+            for key, value in entries.items():
+                kept = tensors if isinstance(value, torch.Tensor) else numbers
+                kept[f"{key}/{names[id(parameter)]}"] = value
     skip = {"params", "parameter_names"}
-    groups = [{k: v for k, v in group.items() if k not in skip} for group in optimizer.param_groups]
+    groups = [{k: v for k, v in group.items() if k not in skip} for group in _groups(optimizers)]
     return tensors, {"state": numbers, "groups": groups}
 
 
-def restore_optimizer(model, optimizer, tensors: dict, numbers: dict, source: Path) -> None:
+def restore_optimizers(
+    model: nn.Module, optimizers: list[torch.optim.Optimizer], tensors: dict, numbers: dict, source: Path
+) -> None:
     """Put back what `optimizer_state` took, on the device of each parameter."""
-    if len(numbers["groups"]) != len(optimizer.param_groups):
-        raise ValueError(
-            f"{source} has {len(numbers['groups'])} parameter groups, not {len(optimizer.param_groups)}"
-        )
+    groups = _groups(optimizers)
+    if len(numbers["groups"]) != len(groups):
+        raise ValueError(f"{source} has {len(numbers['groups'])} parameter groups, not {len(groups)}")
     parameters = dict(model.named_parameters())
-    optimizer.state.clear()
+    owners = {id(p): o for o in optimizers for group in o.param_groups for p in group["params"]}
+    for optimizer in optimizers:
+        optimizer.state.clear()
     for label, value in [*tensors.items(), *numbers["state"].items()]:
         key, name = label.split("/", 1)
-        if name not in parameters:
-            raise ValueError(f"{source} has state for {name}, which this model does not have")
-        parameter = parameters[name]
+        parameter = parameters.get(name)
+        if id(parameter) not in owners:
+            raise ValueError(f"{source} has state for {name}, which does not learn in this model")
+        optimizer = owners[id(parameter)]
         if isinstance(value, torch.Tensor):
             on_host = key == "step" and not (
                 optimizer.defaults.get("fused") or optimizer.defaults.get("capturable")
             )
             value = value.to("cpu" if on_host else parameter.device)
         optimizer.state[parameter][key] = value
-    for group, saved in zip(optimizer.param_groups, numbers["groups"]):
+    for group, saved in zip(groups, numbers["groups"]):
         group.update({k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()})
+
+
+def _groups(optimizers: list[torch.optim.Optimizer]) -> list[dict]:
+    return [group for optimizer in optimizers for group in optimizer.param_groups]
 
 
 def random_state() -> tuple[dict, dict]:

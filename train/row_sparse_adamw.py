@@ -112,7 +112,7 @@ class RowSparseAdamW(torch.optim.Optimizer):
                 }
 
     def _step_table(self, group: dict[str, Any], table: torch.Tensor, place: int) -> None:
-        gradient = table.grad.coalesce()
+        gradient = coalesce_rows(table.grad)
         rows, values = gradient.indices()[0], gradient.values()
         if len(rows) == 0:
             return
@@ -168,6 +168,21 @@ def _store(
     if target.dtype == torch.bfloat16:
         values = round_stochastically(values, noise)
     target.index_copy_(0, rows, values)
+
+
+def coalesce_rows(gradient: torch.Tensor) -> torch.Tensor:
+    """`gradient.coalesce()` of a row-sparse gradient, without its sort and copy where the rows rise already.
+
+    A coalesced gradient of a backward pass loses its mark, not its order, on the way into `.grad`.
+    """
+    if gradient.is_coalesced():
+        return gradient
+    rows, values = gradient._indices(), gradient._values()
+    if bool((rows[0, 1:] > rows[0, :-1]).all()):
+        return torch.sparse_coo_tensor(
+            rows, values, gradient.shape, is_coalesced=True, check_invariants=False
+        )
+    return gradient.coalesce()
 
 
 def round_stochastically(x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:

@@ -36,8 +36,9 @@ from memlayers.train.data import loss_weights
 from memlayers.train.log import Log, draw_curve
 from memlayers.train.model import build_model, check_regime, save_model, segment_length
 from memlayers.train.objective import Objective
-from memlayers.train.optimizers import clip_gradients, make_optimizer, make_schedule
+from memlayers.train.optimizers import clip_gradients, make_optimizers, make_schedule, row_sparse_tables
 from memlayers.train.resume import Progress, load_checkpoint, save_checkpoint
+from memlayers.train.row_sparse_gradients import average_row_sparse, prepare_objective
 from memlayers.train.sources import make_source
 from memlayers.train.start import prepare_output, start_accelerator
 from memlayers.yaml_config import load_yaml
@@ -77,16 +78,20 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
             model, loss_weights(config.loss, source.has_accuracy), by_item=source.has_accuracy
         )
         model.to(accelerator.device)
-        optimizer = make_optimizer(model, config)
-        objective, prepared = accelerator.prepare(objective, optimizer)
-        schedule = make_schedule(optimizer, config)
+        tables = row_sparse_tables(model, config.optimizer)
+        optimizers = make_optimizers(model, config, tables)
+        objective = prepare_objective(accelerator, objective, tables.values())
+        prepared = [accelerator.prepare_optimizer(optimizer) for optimizer in optimizers]
+        schedules = [make_schedule(optimizer, config) for optimizer in optimizers]
         learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
         set_seed(config.seed + accelerator.process_index)  # dropout differs between processes
 
         # Where the run stands.
         progress = Progress()
         if checkpoint is not None:
-            progress = load_checkpoint(checkpoint, model, optimizer, schedule, rank=accelerator.process_index)
+            progress = load_checkpoint(
+                checkpoint, model, optimizers, schedules, rank=accelerator.process_index
+            )
             say(f"resuming from {checkpoint} at step {progress.step}")
         elif resume:
             say(f"no complete checkpoint in {output / 'checkpoints'}: starting from step 0")
@@ -116,6 +121,7 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
                 losses.append(loss.detach())
                 accuracies.append(accuracy)
                 progress.tokens += batch.n_tokens * accelerator.num_processes
+            average_row_sparse(accelerator, tables.values())
             norm = clip_gradients(learning, config.clip)
 
             # One look at the numbers, before the step is taken.
@@ -130,10 +136,11 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
                     "changed the weights. Lower optimizer.learning_rate, set clip, or add schedule.warmup_steps; "
                     f"the checkpoints in {output / 'checkpoints'} are as they were."
                 )
-            rate = optimizer.param_groups[0]["lr"]
-            prepared.step()
-            schedule.step()
-            prepared.zero_grad(set_to_none=True)
+            rate = optimizers[0].param_groups[0]["lr"]
+            for optimizer, schedule in zip(prepared, schedules):
+                optimizer.step()
+                schedule.step()
+                optimizer.zero_grad(set_to_none=True)
             progress.step += 1
             progress.unlogged.append([loss, accuracy, norm])
 
@@ -168,8 +175,8 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
                     output / "checkpoints",
                     progress,
                     model,
-                    optimizer,
-                    schedule,
+                    optimizers,
+                    schedules,
                     config=config.model_dump(mode="json"),
                     keep=config.keep_checkpoints,
                     rank=accelerator.process_index,

@@ -53,10 +53,8 @@ def varied(fields, out, **changes) -> dict:
     }
 
 
-@pytest.mark.parametrize("interrupted_at", [4, 17])
-def test_interrupted_equals_uninterrupted(config, fields, tmp_path, monkeypatch, interrupted_at):
-    train(config(**varied(fields, tmp_path / "straight")))
-    broken = config(**varied(fields, tmp_path / "broken"))
+def train_interrupted(run, interrupted_at: int, monkeypatch) -> None:
+    """The run is stopped before step `interrupted_at` + 1, and then goes on from its newest checkpoint."""
 
     def stop(*args, draw=run_module.Curriculum.draw):
         if args[1] == interrupted_at:
@@ -66,15 +64,46 @@ def test_interrupted_equals_uninterrupted(config, fields, tmp_path, monkeypatch,
     with monkeypatch.context() as patch:
         patch.setattr(run_module.Curriculum, "draw", stop)
         with pytest.raises(KeyboardInterrupt):
-            train(broken)
+            train(run)
     torch.rand(7), random.random()
-    train(broken, resume=True)
+    train(run, resume=True)
+
+
+@pytest.mark.parametrize("interrupted_at", [4, 17])
+def test_interrupted_equals_uninterrupted(config, fields, tmp_path, monkeypatch, interrupted_at):
+    train(config(**varied(fields, tmp_path / "straight")))
+    train_interrupted(config(**varied(fields, tmp_path / "broken")), interrupted_at, monkeypatch)
     stages = {
         json.loads(line)["stage_segments"]
         for line in (tmp_path / "broken" / "log.jsonl").read_text().splitlines()
     }
     assert len(stages) > 1
     assert_equal(tmp_path / "straight", tmp_path / "broken")
+
+
+@pytest.mark.parametrize("state", ["float32", "bfloat16", "row"])
+def test_interrupted_with_row_sparse_tables(config, fields, tmp_path, monkeypatch, state):
+    """Moments of the rows, their step counts and the random bits of rounding come back too."""
+    memory = {"type": "product_key", "n_keys": 16, "heads": 2, "top_k": 3, "key_dim": 8, "dropout": 0.1}
+    changes = {
+        "memories": {"facts": memory},
+        "train_what": "memory",
+        "data": {**fields()["data"], "regime": "F", "segment_length": 24},
+        "optimizer": {"learning_rate": 0.01, "values": {"state": state, "learning_rate": 0.02}},
+        "schedule": {"type": "linear", "warmup_steps": 3},
+        "max_steps": 10,
+        "checkpoint_every": 4,
+    }
+    train(config(**fields(**changes, output_dir=str(tmp_path / "straight"))))
+    train_interrupted(config(**fields(**changes, output_dir=str(tmp_path / "broken"))), 7, monkeypatch)
+    assert_equal(tmp_path / "straight", tmp_path / "broken")
+    newest = tmp_path / "broken" / "checkpoints" / "step-00000010"
+    saved = load((newest / "optimizer.safetensors").read_bytes())
+    moments = {key: tensor for key, tensor in saved.items() if key.endswith("facts.values")}
+    shapes = {"row_steps": (256,), "exp_avg": (256, 32), "exp_avg_sq": (256, 1 if state == "row" else 32)}
+    assert {key.split("/")[0]: tuple(tensor.shape) for key, tensor in moments.items()} == shapes
+    dtype = torch.bfloat16 if state == "bfloat16" else torch.float32
+    assert all(tensor.dtype == dtype for key, tensor in moments.items() if "exp_avg" in key)
 
 
 def wait_for(condition, process, what: str, seconds: float = 90.0) -> None:

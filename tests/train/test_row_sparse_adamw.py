@@ -10,7 +10,7 @@ from torch import nn
 
 from memlayers.train import row_sparse_adamw
 from memlayers.train.optimizers import clip_gradients
-from memlayers.train.row_sparse_adamw import STATES, RowSparseAdamW, round_stochastically
+from memlayers.train.row_sparse_adamw import STATES, RowSparseAdamW, coalesce_rows, round_stochastically
 
 N, D = 12, 5
 OPTIONS = {"lr": 0.05, "betas": (0.8, 0.95), "eps": 1e-3}
@@ -106,6 +106,19 @@ def test_reads_of_one_row_add_up():
         table.grad = gradient
         RowSparseAdamW([table], **OPTIONS).step()
     assert torch.equal(*tables)
+
+
+def test_coalescing():
+    values = torch.randn(3, D)
+    for rows in ([1, 4, 5], [1, 1, 5], [5, 4, 1]):
+        gradient = sparse(rows, values)
+        found = coalesce_rows(gradient)
+        assert found.is_coalesced()
+        assert torch.equal(found.indices(), gradient.coalesce().indices())
+        assert torch.equal(found.values(), gradient.coalesce().values())
+    empty = coalesce_rows(sparse([], torch.empty(0, D)))
+    assert empty.is_coalesced()
+    assert empty._nnz() == 0
 
 
 def test_no_reads_change_nothing():

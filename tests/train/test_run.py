@@ -241,13 +241,23 @@ def test_errors_on_the_command_line_are_one_paragraph(fields, tmp_path):
     assert result.stderr.strip().splitlines()[-1].startswith("error: optimizer.learning_rat: unknown field")
 
 
+FACTS = {
+    "memories": {"facts": {"type": "product_key", "n_keys": 16, "heads": 2, "top_k": 3, "key_dim": 8}},
+    "optimizer": {"learning_rate": 0.01, "values": {"learning_rate": 0.02}},
+}
+
+
 @pytest.mark.slow
-def test_two_processes_equal_one_with_the_whole_batch(fields, config, base, tmp_path):
+@pytest.mark.parametrize("memory", ["tokens", "row-sparse tables"])
+def test_two_processes_equal_one_with_the_whole_batch(fields, config, base, tmp_path, memory):
     change_config(base, attention_dropout=0.0)
-    alone = config(batch_size=8, output_dir=str(tmp_path / "alone"))
+    changes = {}
+    if memory == "row-sparse tables":
+        changes = {**FACTS, "data": {**fields()["data"], "regime": "F", "segment_length": 24}}
+    alone = config(batch_size=8, output_dir=str(tmp_path / "alone"), **changes)
     train(alone)
     path = tmp_path / "run.yaml"
-    path.write_text(yaml.safe_dump(fields(num_processes=2, batch_size=4, checkpoint_every=3)))
+    path.write_text(yaml.safe_dump(fields(num_processes=2, batch_size=4, checkpoint_every=3, **changes)))
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
     result = start(["--config", str(path), "--debug"], launcher, ACCELERATE_USE_CPU="true")
     assert result.returncode == 0, result.stderr[-3000:]
