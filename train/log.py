@@ -59,7 +59,7 @@ def draw_curve(log: Path, picture: Path) -> None:
     lines = read_log(log)
     if not lines:
         return
-    panels = ["loss", "accuracy"] + (["stage_segments"] if lines[0].get("stage_segments") else [])
+    panels = ["loss", "accuracy"] + (["stage_segments"] if lines[0].get("stage_segments") is not None else [])
     figure, axes = plt.subplots(len(panels), 1, sharex=True, figsize=(8, 2.4 * len(panels)), squeeze=False)
     steps = [line["step"] for line in lines]
     for axis, panel in zip(axes[:, 0], panels):
