@@ -22,6 +22,7 @@ __all__ = [
     "ModelSection",
     "OptimizerSection",
     "ScheduleSection",
+    "SparseFinetuningSection",
     "TaskData",
     "TextData",
     "TrainConfig",
@@ -195,6 +196,23 @@ class OptimizerSection(Strict):
     values: ValuesSection | None = None
 
 
+class SparseFinetuningSection(Strict):
+    """Only the slots that the new data reads and other text does not may change, see
+    `memlayers.train.sparse_finetuning`.
+
+    Attributes:
+        top_t: slots of each value table that may change in a step.
+        files: background text, whose slots are kept: paths or globs.
+        length: tokens of a background sequence.
+        n_batches: batches of `batch_size` such sequences that are read before training begins.
+    """
+
+    top_t: int = Field(500, ge=1)
+    files: list[str] = Field(min_length=1)
+    length: int = Field(64, ge=2)
+    n_batches: int = Field(100, ge=1)
+
+
 class ScheduleSection(Strict):
     """Learning rate over the run, from `transformers.get_scheduler`.
 
@@ -213,9 +231,10 @@ class TrainConfig(Strict):
     Attributes:
         model: what is trained.
         memories: name → config of every memory to attach; empty for a baseline with full attention.
-        train_what: parameters that learn.
+        train_what: parameters that learn; `values` are the value tables of product-key memories alone.
         lora: PEFT LoRA on the base; needed for `memory_and_lora`, else left out.
         data, loss, curriculum, optimizer, schedule: see the sections.
+        sparse_finetuning: which slots may change; None: all that are read.
         batch_size: items per process and forward pass.
         gradient_accumulation: forward passes per step.
         max_steps: optimizer steps.
@@ -235,12 +254,13 @@ class TrainConfig(Strict):
 
     model: ModelSection
     memories: dict[str, AnyMemoryConfig] = Field(default_factory=dict)
-    train_what: Literal["memory", "memory_and_base", "memory_and_lora"] = "memory"
+    train_what: Literal["memory", "memory_and_base", "memory_and_lora", "values"] = "memory"
     lora: LoraSection | None = None
     data: AnyData
     loss: LossSection = LossSection()
     curriculum: CurriculumSection | None = None
     optimizer: OptimizerSection = OptimizerSection()
+    sparse_finetuning: SparseFinetuningSection | None = None
     schedule: ScheduleSection = ScheduleSection()
     batch_size: int = Field(32, ge=1)
     gradient_accumulation: int = Field(1, ge=1)
@@ -262,6 +282,10 @@ class TrainConfig(Strict):
     def _fits_together(self):
         if (self.train_what == "memory_and_lora") != (self.lora is not None):
             raise ConfigError("lora: give this section with train_what: memory_and_lora, and only then")
+        if self.sparse_finetuning and not (self.train_what == "values" and self.optimizer.values):
+            raise ConfigError(
+                "sparse_finetuning: works on value tables alone; set train_what: values and give optimizer.values"
+            )
         if isinstance(self.data, TaskData) and (self.data.segments is None) == (self.curriculum is None):
             raise ConfigError("data.segments: give a number of segments here, or a curriculum, not both")
         if self.curriculum is not None and not isinstance(self.data, TaskData):

@@ -10,7 +10,7 @@ from transformers import get_scheduler
 
 import memlayers as ml
 from memlayers.config import ConfigError
-from memlayers.product_key import sparse_gradients, value_tables
+from memlayers.product_key import product_key_memories, sparse_gradients, value_tables
 
 from .config import OptimizerSection, TrainConfig
 from .row_sparse_adamw import RowSparseAdamW, coalesce_rows
@@ -20,15 +20,19 @@ LORA = ".lora_"
 
 
 def choose_parameters(model: nn.Module, train_what: str) -> None:
-    """Set `requires_grad` of every parameter: memories learn, base or LoRA learn when `train_what` says so.
+    """Set `requires_grad` of every parameter: memories learn, or their value tables alone; base or LoRA learn
+    when `train_what` says so.
 
     Raises:
         ConfigError: nothing would learn.
     """
-    memory = {id(parameter) for _, parameter in ml.memory_parameters(model)}
+    if train_what == "values":
+        _check_values_can_learn(model)
+    memory = dict(ml.memory_parameters(model))
+    learning = value_tables(model) if train_what == "values" else memory
     for name, parameter in model.named_parameters():
-        if id(parameter) in memory:
-            parameter.requires_grad_(True)
+        if name in memory:
+            parameter.requires_grad_(name in learning)
         elif LORA in name:
             parameter.requires_grad_(train_what == "memory_and_lora")
         else:
@@ -38,6 +42,16 @@ def choose_parameters(model: nn.Module, train_what: str) -> None:
             "train_what: nothing would learn, because the model has no memory and its base is frozen; add a "
             "memory under memories, or set train_what: memory_and_base"
         )
+
+
+def _check_values_can_learn(model: nn.Module) -> None:
+    for name, memory in product_key_memories(model).items():
+        for number, layer in memory.layers.items():
+            if layer.config.value_proj and not layer.value_proj.weight.any():
+                raise ConfigError(
+                    f"train_what: values alone cannot learn, because value_proj of {name}.layers.{number} is still 0, "
+                    "as it starts; train with train_what: memory first"
+                )
 
 
 def row_sparse_tables(model: nn.Module, config: OptimizerSection) -> dict[str, nn.Parameter]:

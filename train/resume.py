@@ -55,17 +55,19 @@ def save_checkpoint(
     schedules: list[torch.optim.lr_scheduler.LRScheduler],
     config: dict[str, Any],
     keep: int,
+    usage: dict[str, torch.Tensor],
     rank: int = 0,
     barrier=lambda: None,
 ) -> Path:
     """Write `folder/step-…` whole or not at all, then delete all but the newest `keep`.
 
-    Every process calls it: each writes its own random states, process 0 all the rest.
+    Every process calls it: each writes its own random states and counts, process 0 all the rest.
 
     Args:
         folder: where checkpoints lie.
         model: its parameters that learn, and the buffers that `state_dict` has, are written.
         config: the run's config as plain values, to be compared on resume.
+        usage: this process's counts since the last line of the log.
         barrier: waits for all processes.
     """
     final = folder / f"step-{progress.step:08d}"
@@ -77,6 +79,7 @@ def save_checkpoint(
     tensors, numbers = random_state()
     _write_tensors(temporary / f"random-{rank}.safetensors", tensors)
     _write_json(temporary / f"random-{rank}.json", numbers)
+    _write_tensors(temporary / f"usage-{rank}.safetensors", usage)
     barrier()
     if rank == 0:
         _write_tensors(temporary / "model.safetensors", trained_tensors(model))
@@ -146,6 +149,11 @@ def load_checkpoint(
         raise ValueError(f"{checkpoint} has no {own.name}: it was written by fewer processes than run now")
     restore_random_state(_read_tensors(own), json.loads(own.with_suffix(".json").read_text()))
     return Progress(**state["progress"])
+
+
+def saved_usage(checkpoint: Path, rank: int = 0) -> dict[str, torch.Tensor]:
+    """The counts of this process that were in no line of the log yet."""
+    return _read_tensors(checkpoint / f"usage-{rank}.safetensors")
 
 
 def saved_config(checkpoint: Path) -> dict[str, Any]:

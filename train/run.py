@@ -37,10 +37,12 @@ from memlayers.train.log import Log, draw_curve
 from memlayers.train.model import build_model, check_regime, save_model, segment_length
 from memlayers.train.objective import Objective
 from memlayers.train.optimizers import clip_gradients, make_optimizers, make_schedule, row_sparse_tables
-from memlayers.train.resume import Progress, load_checkpoint, save_checkpoint
+from memlayers.train.resume import Progress, load_checkpoint, save_checkpoint, saved_usage
 from memlayers.train.row_sparse_gradients import average_row_sparse, prepare_objective
 from memlayers.train.sources import make_source
+from memlayers.train.sparse_finetuning import SparseFinetuning
 from memlayers.train.start import prepare_output, start_accelerator
+from memlayers.train.usage import UsageLog
 from memlayers.yaml_config import load_yaml
 
 
@@ -65,7 +67,7 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
     """
     output = Path(config.output_dir)
     accelerator = start_accelerator(config, output)
-    say, log, timing = accelerator.print, None, None
+    say, log, timing, usage, selection = accelerator.print, None, None, None, None
     try:
         checkpoint = prepare_output(config, resume, accelerator)
 
@@ -83,6 +85,9 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
         objective = prepare_objective(accelerator, objective, tables.values())
         prepared = [accelerator.prepare_optimizer(optimizer) for optimizer in optimizers]
         schedules = [make_schedule(optimizer, config) for optimizer in optimizers]
+        if config.sparse_finetuning is not None:
+            selection = SparseFinetuning(model, config, tokenizer, tables, accelerator.device)
+        usage = UsageLog(model)
         learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
         set_seed(config.seed + accelerator.process_index)  # dropout differs between processes
 
@@ -92,6 +97,7 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
             progress = load_checkpoint(
                 checkpoint, model, optimizers, schedules, rank=accelerator.process_index
             )
+            usage.restore(saved_usage(checkpoint, accelerator.process_index))
             say(f"resuming from {checkpoint} at step {progress.step}")
         elif resume:
             say(f"no complete checkpoint in {output / 'checkpoints'}: starting from step 0")
@@ -122,6 +128,8 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
                 accuracies.append(accuracy)
                 progress.tokens += batch.n_tokens * accelerator.num_processes
             average_row_sparse(accelerator, tables.values())
+            if selection is not None:
+                selection.keep_top_slots(accelerator)
             norm = clip_gradients(learning, config.clip)
 
             # One look at the numbers, before the step is taken.
@@ -149,7 +157,7 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
             curriculum.update(segments, accuracy)
             done = progress.step >= config.max_steps or curriculum.reached(config.stop_at)
             if progress.step % config.log_every == 0 or done:
-                line = log_line(progress, rate, segments=shown)
+                line = {**log_line(progress, rate, segments=shown), **usage.figures()}
                 progress.unlogged.clear()
                 now = time.perf_counter()
                 spent, read = now - last_time, progress.tokens - last_tokens
@@ -179,6 +187,7 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
                     schedules,
                     config=config.model_dump(mode="json"),
                     keep=config.keep_checkpoints,
+                    usage=usage.tensors(),
                     rank=accelerator.process_index,
                     barrier=accelerator.wait_for_everyone,
                 )
@@ -191,12 +200,13 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
                 shutil.rmtree(final)
             save_model(model, tokenizer, config, final)
             draw_curve(output / "log.jsonl", output / "curve.png")
+            usage.draw(output / "usage.png")
         accelerator.wait_for_everyone()
         say(f"trained to step {progress.step}; the model is in {final}")
         return final
     finally:
-        for file in filter(None, (log, timing)):
-            file.close()
+        for part in filter(None, (log, timing, usage, selection)):
+            part.close()
         accelerator.end_training()
         AcceleratorState._reset_state()  # so that another run in this process may choose another precision
         GradientState._reset_state()
