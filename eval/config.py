@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Discriminator, Field, Tag, model_validator
 
 from memlayers.config import Strict
 from memlayers.eval.perplexity import PerplexityConfig
-from memlayers.tasks import TaskConfig
+from memlayers.tasks import FactsConfig, TaskConfig
 from memlayers.yaml_config import load_yaml
 
 Regime = Literal["F", "W", "D"]
@@ -22,7 +22,7 @@ CONTROLS: tuple[str, ...] = ("no_needle", "shuffled_memory", "zeroed_memory", "q
 
 
 class SuiteConfig(Strict):
-    """One suite: a task, and the grid of lengths and depths it is asked on.
+    """A suite of texts: a task, and the grid of lengths and depths it is asked on (the default `type`).
 
     task: block of `memlayers.tasks` with `type: passkey` or `type: needle`. lengths: tokens of context,
     question and answer. windows: in place of lengths, multiples of the tokens attention can reach. depths: 0
@@ -31,6 +31,7 @@ class SuiteConfig(Strict):
     the memory.
     """
 
+    type: Literal["haystack"] = "haystack"
     task: TaskConfig
     lengths: list[int] | None = Field(None, min_length=1)
     windows: list[int] | None = Field(None, min_length=1)
@@ -55,6 +56,30 @@ class SuiteConfig(Strict):
         return self
 
 
+class FactsSuiteConfig(Strict):
+    """A suite of facts, asked without any context (regime P), of the arms base, memory_off, untrained, trained.
+
+    facts: the block that the facts were trained with. n: facts of a batch that are asked, the first so many;
+    None: all. before: report.json of the same facts from before something else was learned; what the first
+    batch lost since then is its forgetting.
+    """
+
+    type: Literal["facts"] = "facts"
+    facts: FactsConfig = FactsConfig()
+    n: int | None = Field(None, ge=1)
+    before: str | None = None
+
+
+def _suite_type(block: Any) -> str:
+    return block.get("type", "haystack") if isinstance(block, dict) else getattr(block, "type", "haystack")
+
+
+AnySuite = Annotated[
+    Annotated[SuiteConfig, Tag("haystack")] | Annotated[FactsSuiteConfig, Tag("facts")],
+    Discriminator(_suite_type),
+]
+
+
 class EvalConfig(Strict):
     """An evaluation: a checkpoint, suites, arms and controls.
 
@@ -69,7 +94,7 @@ class EvalConfig(Strict):
     model: str
     base: str | None = None
     tokenizer: str | None = None
-    suites: dict[str, SuiteConfig] = Field(min_length=1)
+    suites: dict[str, AnySuite] = Field(min_length=1)
     perplexity: PerplexityConfig | None = None
     arms: list[Arm] = Field(list(ARMS))
     controls: list[Control] = Field(list(CONTROLS))
@@ -80,6 +105,16 @@ class EvalConfig(Strict):
     resamples: int = Field(2000, ge=100)
     device: str | None = None
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
+
+    @property
+    def haystacks(self) -> dict[str, SuiteConfig]:
+        """The suites of texts."""
+        return {name: suite for name, suite in self.suites.items() if isinstance(suite, SuiteConfig)}
+
+    @property
+    def facts(self) -> dict[str, FactsSuiteConfig]:
+        """The suites of facts."""
+        return {name: suite for name, suite in self.suites.items() if isinstance(suite, FactsSuiteConfig)}
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> EvalConfig:

@@ -19,7 +19,7 @@ class FromCheckpoint:
     """The models of a checkpoint, loaded when they are asked for and kept by nobody: one is in memory at a time.
 
     The base is the original one, also when training changed it (folder `base/` or `lora/` in the checkpoint).
-    Attributes: `missing`: stages that have no model -> reason.
+    Attributes: `missing`: stages that have no model -> reason. `base_is_model`: there is no base but itself.
     Raises `FileNotFoundError` for a missing checkpoint or tokenizer.
     """
 
@@ -27,6 +27,7 @@ class FromCheckpoint:
         self.config, self.missing = config, {}
         self.folder = folder_of(config.model)
         self.wrapped = (self.folder / CONFIG).is_file()
+        self.base_is_model = not self.wrapped and config.base is None
         self.base_name = config.base or (self._original() if self.wrapped else config.model)
         if not self.base_name:
             reason = f"{config.model} names no original base: give base= with its folder or hub id"
@@ -94,6 +95,7 @@ class InMemory:
     def __init__(self, model, base, seed: int) -> None:
         self._model, self._base, self.seed = model, base, seed
         self.missing = {} if ml.memories(model) else {"untrained": NO_MEMORY}
+        self.base_is_model = base is None and not ml.memories(model)
 
     def trained(self):
         return self._model

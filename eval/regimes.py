@@ -47,10 +47,13 @@ class Asker:
         self.pad = next(i for i in (tokenizer.pad_token_id, first_eos, 0) if i is not None)
         self.eos = eos
 
-    def in_one_call(self, samples: Sequence[Sample], last: int | None = None) -> Predictions:
+    def in_one_call(
+        self, samples: Sequence[Sample], last: int | None = None, n_answer: int | None = None
+    ) -> Predictions:
         """Context and question as one input: regime F, and W in a wrapped model.
 
-        last: keep only the last so many tokens of context and question (the cut arms).
+        last: keep only the last so many tokens of context and question (the cut arms). n_answer: tokens to
+        generate, but for the margin, whatever the batch; default: those of its longest answer.
         """
         rows = [(sample, question) for sample in samples for question in sample.questions]
         texts = []
@@ -59,7 +62,7 @@ class Asker:
             inputs = [
                 (sample.context + question.ids)[-last if last else None :] for sample, question in batch
             ]
-            texts += self._generate(inputs, [question for _, question in batch])
+            texts += self._generate(inputs, [question for _, question in batch], n_answer=n_answer)
         return _by_haystack(texts, samples)
 
     def question_only(self, samples: Sequence[Sample]) -> Predictions:
@@ -97,9 +100,11 @@ class Asker:
         return texts
 
     @torch.no_grad()
-    def _generate(self, inputs: list[list[int]], questions: list[Question], cache=None) -> list[str]:
+    def _generate(
+        self, inputs: list[list[int]], questions: list[Question], cache=None, n_answer: int | None = None
+    ) -> list[str]:
         ids, mask = self._pad(inputs)
-        n_answer = max(len(question.answer_ids) for question in questions)
+        n_answer = n_answer or max(len(question.answer_ids) for question in questions)
         n_new = n_answer + self.margin
         if self.positions is not None:  # the margin gives way where the positions end; the answer never does
             n_new = max(n_answer, min(n_new, self.positions - ids.shape[1]))

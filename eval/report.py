@@ -8,6 +8,7 @@ from pathlib import Path
 
 from memlayers.eval.config import ARMS, CONTROLS, EvalConfig
 from memlayers.eval.statistics import holm, mcnemar, paired_bootstrap, wilson
+from memlayers.eval.suites import facts_report
 from memlayers.files import write_text, write_whole
 
 Key = tuple[str, str, int, str]  # suite, regime, length, arm or control
@@ -38,7 +39,7 @@ def build_report(
     over haystacks, McNemar's exact p and Holm's adjustment over all gains of the report.
     """
     report: dict = {name: {} for name in ("results", "controls", "substring", "cells", "gain")}
-    for suite, suite_config in config.suites.items():
+    for suite, suite_config in config.haystacks.items():
         for regime in suite_config.regimes:
             for length in lengths[suite]:
                 for group, names in (("results", config.arms), ("controls", config.controls)):
@@ -105,6 +106,11 @@ def write_report(report: dict, samples: list[dict], folder: Path) -> None:
     )
     for suite in report["results"]:
         write_whole(folder / f"{suite}.png", lambda path, suite=suite: heatmap(report, suite, path))
+    for suite, block in report.get("facts", {}).items():
+        write_whole(
+            folder / f"{suite}.png",
+            lambda path, suite=suite, block=block: facts_report.picture(suite, block, path),
+        )
     write_text(folder / "report.md", markdown(report))
     write_text(folder / "report.json", json.dumps(report, indent=2) + "\n")
 
@@ -153,10 +159,14 @@ def markdown(report: dict) -> str:
     lines = [
         f"# What {config['model']} remembers",
         "",
-        f"Window: {config['window']} tokens. Seed {config['seed']}. Exact match of the first span of the expected type, "
-        "with Wilson 95 % intervals. Lengths count context, question and answer in tokens of the model's tokenizer.",
+        f"Window: {config['window']} tokens. Seed {config['seed']}.",
     ]
-    if any(block["task"].get("n_questions", 1) > 1 for block in config["suites"].values()):
+    if report["results"]:
+        lines[-1] += (
+            " Exact match of the first span of the expected type, with Wilson 95 % intervals. Lengths count "
+            "context, question and answer in tokens of the model's tokenizer."
+        )
+    if any(block.get("task", {}).get("n_questions", 1) > 1 for block in config["suites"].values()):
         lines += [
             "",
             "Questions about one haystack are not independent: the gain's intervals draw whole haystacks.",
@@ -172,6 +182,8 @@ def markdown(report: dict) -> str:
             lines += _gain_table(report["gain"].get(suite, {}).get(regime, {}))
             lines += _substring_line(report["substring"].get(suite, {}).get(regime, {}))
             lines += _reasons({**cells}, report["controls"].get(suite, {}).get(regime, {}))
+    for suite, block in report.get("facts", {}).items():
+        lines += facts_report.markdown(suite, block)
     if "perplexity" in report:
         lines += _perplexity_table(report["perplexity"], config["perplexity"])
     versions = ", ".join(f"{name} {value}" for name, value in report["versions"].items())

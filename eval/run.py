@@ -17,12 +17,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 import memlayers as ml
 from memlayers.config import ConfigError, validate
 from memlayers.eval import perplexity
-from memlayers.eval.config import ARMS, CONTROLS, EvalConfig, SuiteConfig, load_config
+from memlayers.eval.config import ARMS, CONTROLS, EvalConfig, FactsSuiteConfig, SuiteConfig, load_config
 from memlayers.eval.models import IN_MEMORY, FromCheckpoint, InMemory, describe
 from memlayers.eval.plan import Plan
 from memlayers.eval.regimes import Asker, Predictions
 from memlayers.eval.report import build_report, write_report
 from memlayers.eval.suites import Items, make_items
+from memlayers.eval.suites.facts import FactsSuite
 from memlayers.eval.suites.scoring import exact, substring
 from memlayers.model import max_positions
 
@@ -34,7 +35,7 @@ __all__ = ["evaluate", "evaluate_model", "load_config"]
 def evaluate(config: EvalConfig, output_dir: str | Path, progress: bool = True) -> dict:
     """Evaluates the checkpoint of `config` and writes the report into `output_dir`.
 
-    Files: report.json, samples.jsonl, report.md and one heatmap a suite, each whole or not at all.
+    Files: report.json, samples.jsonl, report.md and one picture a suite, each whole or not at all.
     Returns what report.json holds. Raises `FileNotFoundError` for a missing checkpoint, `ValueError` when the
     tokenizer cannot spell the needles.
     """
@@ -45,7 +46,7 @@ def evaluate(config: EvalConfig, output_dir: str | Path, progress: bool = True) 
 def evaluate_model(
     model,
     tokenizer,
-    suites: Mapping[str, SuiteConfig | dict],
+    suites: Mapping[str, SuiteConfig | FactsSuiteConfig | dict],
     base=None,
     output_dir: str | Path | None = None,
     progress: bool = False,
@@ -53,14 +54,15 @@ def evaluate_model(
 ) -> dict:
     """Evaluates a model in memory.
 
-    model: wrapped (or plain) causal LM. suites: name -> `SuiteConfig` or the mapping a YAML file would hold.
+    model: wrapped (or plain) causal LM. suites: name -> `SuiteConfig`, `FactsSuiteConfig` or the mapping a YAML
+    file would hold.
     base: the plain model of the base arms; default: `model` with its memory off, which is the original base
     only if training left it frozen. output_dir: where to write the files; None writes nothing. fields: other
     fields of `EvalConfig`, such as `controls=[...]`, `batch_size=8`, `seed=1`.
     Returns the report, with the answers themselves under `samples` when nothing is written.
     """
     blocks = {
-        name: suite.model_dump() if isinstance(suite, SuiteConfig) else dict(suite)
+        name: suite.model_dump() if isinstance(suite, SuiteConfig | FactsSuiteConfig) else dict(suite)
         for name, suite in suites.items()
     }
     config = validate(EvalConfig, {"model": IN_MEMORY, "suites": blocks, **fields})
@@ -75,7 +77,7 @@ def _evaluate(source, tokenizer, config: EvalConfig, output_dir: str | Path | No
     started = time.perf_counter()
     model = source.trained()
     window, where = config.window or ml.window(model), describe(model)
-    if not window:
+    if not window and (config.haystacks or config.perplexity):
         raise ValueError(
             "the model's config names no limit of positions: give window= for the arms that are cut."
         )
@@ -83,7 +85,11 @@ def _evaluate(source, tokenizer, config: EvalConfig, output_dir: str | Path | No
     if positions is not None and window > positions:
         raise ConfigError(f"window: {window} tokens are more than the model's {positions} positions.")
     suites = {
-        name: make_items(suite, tokenizer, window, config.seed) for name, suite in config.suites.items()
+        name: make_items(suite, tokenizer, window, config.seed) for name, suite in config.haystacks.items()
+    }
+    facts = {
+        name: FactsSuite(name, suite, config, tokenizer, source.missing, source.base_is_model)
+        for name, suite in config.facts.items()
     }
     plan = Plan(config, suites, model, window, source.missing)
     skipped = {(s.suite, s.regime, s.length, s.name): s.reason for s in plan.skipped}
@@ -93,11 +99,13 @@ def _evaluate(source, tokenizer, config: EvalConfig, output_dir: str | Path | No
     if config.perplexity is not None:
         prose = perplexity.unseen_prose(config.perplexity, tokenizer, window)
         n_prose = len(prose) * len(ARMS)
-    with _bar(sum(job.n_answers for job in plan.jobs) + n_prose, progress) as advance:
+    n_answers = sum(each.n_answers for each in (*plan.jobs, *facts.values()))
+    with _bar(n_answers + n_prose, progress) as advance:
         for stage in STAGES:
             jobs = [job for job in plan.jobs if job.stage == stage]
             measured = prose is not None and stage not in source.missing
-            if jobs or measured:
+            asked = [each for each in facts.values() if each.wanted(stage)]
+            if jobs or asked or measured:
                 model = model if stage == "trained" else getattr(source, stage)()
                 asker = Asker(model, tokenizer, config.batch_size, config.margin, advance)
             for job in jobs:
@@ -117,6 +125,8 @@ def _evaluate(source, tokenizer, config: EvalConfig, output_dir: str | Path | No
                         records[key] = [
                             {"suite": key[0], "regime": regime, **row, "arm": name} for row in scored
                         ]
+            for each in asked:
+                each.ask(stage, asker)
             if measured:
                 perplexities |= perplexity.measure(
                     model, stage, prose, window, config.batch_size, config.seed, advance
@@ -126,11 +136,14 @@ def _evaluate(source, tokenizer, config: EvalConfig, output_dir: str | Path | No
 
     lengths = {name: [items.length for items in per_length] for name, per_length in suites.items()}
     report = build_report(config, window, lengths, records, skipped)
+    if facts:
+        report["facts"] = {name: each.report() for name, each in facts.items()}
     if perplexities:
         report["perplexity"] = {arm: perplexities[arm] for arm in ARMS if arm in perplexities}
     report["versions"] = {**_versions(), **where}
     report["wall_s"] = round(time.perf_counter() - started, 2)
     samples = [row for key in sorted(records, key=_order) for row in records[key]]
+    samples += [row for each in facts.values() for row in each.rows()]
     if output_dir is None:
         return {**report, "samples": samples}
     write_report(report, samples, Path(output_dir))

@@ -5,7 +5,10 @@
         "full attention@F=runs/stories260k_full_attention/seed*/eval"
 
 Each argument is a name, the regime to show, and a glob of folders with a report.json, one folder a seed. The first
-one's controls and base arms are shown too.
+one's controls and base arms are shown too. A suite of facts has regime P:
+
+    python -m memlayers.eval.summary --suite facts "memory@P=runs/facts_memory/seed*/eval" \
+        "LoRA@P=runs/facts_lora/seed*/eval" "full finetuning@P=runs/facts_full/seed*/eval"
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ from typing import Annotated
 
 import typer
 
+from memlayers.eval.suites.facts_report import TITLES, cells_of
 from memlayers.files import write_text
 
 
@@ -38,7 +42,7 @@ def load_group(argument: str) -> Group:
 
     Raises `ValueError` for an argument of another form, `FileNotFoundError` where a report is missing.
     """
-    parts = re.fullmatch(r"(.+)@([FWD])=(.+)", argument)
+    parts = re.fullmatch(r"(.+)@([FWDP])=(.+)", argument)
     if parts is None:
         raise ValueError(f"{argument!r}: give NAME@REGIME=GLOB, such as 'memory@D=runs/a/seed*/eval'")
     name, regime, pattern = parts.groups()
@@ -68,6 +72,8 @@ def table(head: list[str], rows: list[list[str]]) -> list[str]:
 def summary(groups: list[Group], suite: str) -> str:
     """Markdown: one table of recall, lengths in columns, and one of perplexities where they were measured."""
     first = groups[0]
+    if suite in first.reports[0].get("facts", {}):
+        return facts_summary(groups, suite)
     report, seeds = first.reports[0], ", ".join(f"{group.name}: {len(group.reports)}" for group in groups)
     rows = [_row(group, group.name, "results", suite, "trained") for group in groups]
     for arm in ("memory_off", "untrained"):
@@ -106,6 +112,57 @@ def _row(group: Group, title: str, part: str, suite: str, arm: str) -> list[str]
         [report[part][suite][group.regime][length][arm] for report in group.reports] for length in lengths
     ]
     return [title, group.regime, *(over_seeds(cells, "accuracy", 3) for cells in measured)]
+
+
+def facts_summary(groups: list[Group], suite: str) -> str:
+    """Markdown: one table, trainings and arms down, metrics across."""
+    first = groups[0]
+    report, seeds = first.reports[0], ", ".join(f"{group.name}: {len(group.reports)}" for group in groups)
+    lines = [(group.name, group, "trained") for group in groups]
+    lines += [(f"{first.name}: {arm}", first, arm) for arm in ("memory_off", "untrained")]
+    lines += [("original checkpoint", first, "base")]
+    measured = [(title, [_facts_cells(r, suite, arm) for r in group.reports]) for title, group, arm in lines]
+    columns = list(dict.fromkeys(column for _, per_seed in measured for column in per_seed[0]))
+    rows = [
+        [title, *(over_seeds([cells.get(c, NONE) for cells in per_seed], *_shown_as(c)) for c in columns)]
+        for title, per_seed in measured
+    ]
+    facts, chance = report["config"]["suites"][suite]["facts"], report["facts"][suite]["chance"]
+    return "\n".join(
+        [
+            f"# {suite}, regime P: asked without any context",
+            "",
+            f"{facts['n_facts']} facts, {facts['n_later']} in the later batch. Share right: mean over seeds (lowest to "
+            f"highest seed); a guess is right at {chance:.3f}. Seeds: {seeds}.",
+            "",
+            *table(["", *columns], rows),
+            "",
+        ]
+    )
+
+
+NONE = {"not_run": "this arm has no such cell"}
+PERPLEXITY, ABOVE = "perplexity", "perplexity, % above base"
+
+
+def _facts_cells(report: dict, suite: str, arm: str) -> dict[str, dict]:
+    """Column -> cell of one arm in one report."""
+    block = report["facts"][suite]
+    cells = {TITLES[metric]: row.get(arm, NONE) for metric, row in cells_of(block).items()}
+    if arm == "trained":
+        for metric, cell in block.get("forgetting", {}).items():
+            cells[f"forgotten, {TITLES[metric]}"] = {"accuracy": cell["forgotten"]}
+    if "perplexity" in report:
+        own, base = (report["perplexity"].get(name, NONE) for name in (arm, "base"))
+        cells[PERPLEXITY] = own
+        known = "perplexity" in own and "perplexity" in base
+        cells[ABOVE] = {"change": 100 * (own["perplexity"] / base["perplexity"] - 1)} if known else NONE
+    return cells
+
+
+def _shown_as(column: str) -> tuple[str, int]:
+    """Field and digits of a column."""
+    return {PERPLEXITY: ("perplexity", 2), ABOVE: ("change", 1)}.get(column, ("accuracy", 3))
 
 
 def main(

@@ -31,7 +31,7 @@ def evaluate(
     ] = None,
     debug: Debug = False,
 ) -> None:
-    """Measure what a model remembers: passkeys and needles, length by depth, with arms and controls.
+    """Measure what a model remembers: passkeys and needles, length by depth, and facts, with arms and controls.
 
     The trained model is asked beside its base, the base cut to the same window, the model with its memory
     off, and the same memory untrained, all on the same items. Controls: no needle in the text, the state of
@@ -41,7 +41,10 @@ def evaluate(
     memory, the cache dropped, and the question asked of the memory state. A cell that cannot be measured is
     reported as not run, with the reason.
 
-    OUT gets report.json, samples.jsonl, report.md and a heatmap for each suite.
+    Facts are asked without any text (regime P): trained and held-out prompts, a later batch, and prompts about
+    others, which are to be answered as the base does.
+
+    OUT gets report.json, samples.jsonl, report.md and a picture for each suite.
     """
     quiet()
     from rich.console import Console
@@ -61,6 +64,8 @@ def evaluate(
 
 def tables(report: dict):
     """Rich tables of a report: for each suite and regime one of the arms and one of the controls."""
+    for suite, block in report.get("facts", {}).items():
+        yield grid(f"{suite}, regime P (no context)", {**block["metrics"], **block["controls"]}, "facts")
     window = report["config"]["window"]
     for suite, regimes in report["results"].items():
         for regime, arms in regimes.items():
@@ -71,18 +76,18 @@ def tables(report: dict):
                 yield grid(f"{title}: controls", controls)
 
 
-def grid(title: str, lengths: dict[str, dict[str, dict]]):
-    """One table: lengths down, names across, in each cell the share right and its interval; then n."""
+def grid(title: str, lengths: dict[str, dict[str, dict]], counted: str = "n"):
+    """One table: lengths (or metrics) down, names across, in each cell the share right and its interval; then n."""
     from rich.table import Table
 
     names = list(dict.fromkeys(name for row in lengths.values() for name in row))
     table = Table(title=title, title_style="bold", caption="share of exact answers, 95 % Wilson interval")
-    table.add_column("length", justify="right")
+    table.add_column("length" if counted == "n" else "", justify="right")
     for name in names:
         table.add_column(name.replace("_", "\n"), justify="center", no_wrap=True, vertical="top")
-    table.add_column("n", justify="right")
+    table.add_column(counted, justify="right")
     for length, row in lengths.items():
-        counts = sorted({cell["n"] for cell in row.values() if cell.get("n")})
+        counts = sorted({cell[counted] for cell in row.values() if cell.get(counted)})
         table.add_row(length, *(cell_text(row.get(name)) for name in names), ", ".join(map(str, counts)))
     return table
 
