@@ -4,27 +4,21 @@ Plain `F.embedding_bag` spends most of its time in the backward pass, on tables 
 
 - the reads are sorted by row, so that the gradient to the weights reads each row of the table once, in order;
 - the gradient to the table is itself a weighted gather: its bags are the table's rows, and what they gather are the
-  rows of grad_out, few enough to stay in the cache. Each row is written once, in order: deterministic, coalesced;
-- that gradient is made in pieces of cache size and copied into memory that was asked to come in huge pages: Linux
-  otherwise takes longer to hand out fresh pages of 4 KB than it takes to compute what goes into them.
+  rows of grad_out, few enough to stay in the cache. Each row is written once, in order: deterministic, coalesced.
 
-FBGEMM accumulates float16 and bfloat16 in float32.
+FBGEMM accumulates float16 and bfloat16 in float32. Nearly half of the time left for a dense gradient is Linux handing
+out fresh pages of 4 KB; PyTorch asks for huge ones if THP_MEM_ALLOC_ENABLE=1 is in the environment.
 """
 
 from __future__ import annotations
 
-import ctypes
 import math
-import mmap
 
 import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from .reference import check_range
-
-PIECE_BYTES = 1 << 20  # of the table's gradient, per thread: about a second-level cache
-HUGE_PAGE_BYTES = 1 << 21
 
 
 def weighted_gather(
@@ -95,31 +89,11 @@ def table_gradient(
         unique, counts = torch.unique_consecutive(rows, return_counts=True)
     else:
         counts = torch.bincount(rows, minlength=n_rows)
-    values = empty_in_huge_pages((len(counts), grad.shape[1]), grad.dtype)
-    precise = torch.promote_types(grad.dtype, torch.float32)
-    grad, weights = grad.to(precise), weights.to(precise)
-
     starts = F.pad(counts.cumsum(0), (1, 0)).to(bags.dtype)
-    step = max(1, PIECE_BYTES * torch.get_num_threads() // max(1, grad[:1].nbytes))
-    edges = [*range(0, len(counts), step), len(counts)]
-    reads = starts[edges].tolist()
-    for first, last, begin, end in zip(edges, edges[1:], reads, reads[1:]):
-        values[first:last] = bag_sums(
-            grad, bags[begin:end], weights[begin:end], starts[first : last + 1] - begin
-        )
+    values = bag_sums(grad, bags, weights, starts)
     if not sparse:
         return values
     shape = (n_rows, values.shape[1])
     return torch.sparse_coo_tensor(
         unique[None].long(), values, shape, is_coalesced=True, check_invariants=False
     )
-
-
-def empty_in_huge_pages(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """`torch.empty` that asks Linux for huge pages where the tensor is large; a wish, so nothing can fail."""
-    out = torch.empty(shape, dtype=dtype)
-    if out.nbytes >= 2 * HUGE_PAGE_BYTES and hasattr(mmap, "MADV_HUGEPAGE"):
-        begin = -(-out.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
-        length = (out.data_ptr() + out.nbytes - begin) // mmap.PAGESIZE * mmap.PAGESIZE
-        ctypes.CDLL(None).madvise(ctypes.c_void_p(begin), ctypes.c_size_t(length), mmap.MADV_HUGEPAGE)
-    return out

@@ -40,7 +40,7 @@ def test_gradcheck(path):
 
 
 def large(dtype):
-    """A table's gradient of several pieces and of more than two huge pages, half its rows unread, some hot."""
+    """Half the rows unread, three of them read by all bags."""
     table = torch.randn(40_000, 64).to(dtype)
     indices = torch.randint(len(table), (300, 96))
     indices[:, :8] = torch.randint(3, (300, 8))
@@ -52,7 +52,6 @@ def large(dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_large(dtype, sparse):
     inputs = large(dtype)
-    assert inputs[0].nbytes > 2 * max(cpu.PIECE_BYTES, cpu.HUGE_PAGE_BYTES)
     out, grad_table, grad_weights = run(*inputs, "cpu", sparse)
     table, indices, weights, grad = inputs
     exact = run(table.double(), indices, weights.double(), grad.double(), "reference")
