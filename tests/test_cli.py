@@ -15,7 +15,7 @@ import memlayers as ml
 from memlayers.cli import app
 
 ROOT = Path(__file__).resolve().parent.parent
-COMMANDS = ["wrap", "train", "eval", "demo", "inspect"]
+COMMANDS = ["wrap", "train", "eval", "demo", "bench", "inspect"]
 
 
 def run(*arguments) -> tuple[int, str, str]:
@@ -169,6 +169,27 @@ def test_wrap_onto_a_file(base, memories, tmp_path):
     code, _, err = run("wrap", base, "-c", memories(), "-o", tmp_path / "taken")
     assert code == 1 and "is a file" in err
     assert (tmp_path / "taken").read_text() == "mine"
+
+
+def test_inspect_shows_which_slots_a_text_uses(tmp_path):
+    base = Path(ml.__file__).parent / "demo" / "base"  # it has a tokenizer
+    memories = tmp_path / "product_key.yaml"
+    memories.write_text("memories: {facts: {type: product_key, n_keys: 8, top_k: 4, key_dim: 8}}")
+    assert run("wrap", base, "--config", memories, "--out", tmp_path / "out")[0] == 0
+    text, picture = tmp_path / "text.txt", tmp_path / "usage.png"
+    text.write_text("The grass is green. " * 40)
+    code, said, err = run("inspect", tmp_path / "out", "--text", text, "--picture", picture)
+    assert code == 0, err
+    for word in ("slots_used", "keys_dead", "effective_slots", "weighted_gini", "facts.layers.0"):
+        assert word in said
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_inspect_counts_no_slots_where_there_are_none(base, memories, tmp_path):
+    run("wrap", base, "--config", memories(), "--out", tmp_path / "out")
+    (tmp_path / "text.txt").write_text("The grass is green.")
+    code, _, err = run("inspect", tmp_path / "out", "--text", tmp_path / "text.txt")
+    assert code == 1 and "has no memory of kind product_key" in err
 
 
 def test_inspect_of_a_cut_file(base, memories, tmp_path):

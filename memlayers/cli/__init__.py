@@ -1,7 +1,8 @@
-"""`memlayers` on the command line: wrap | train | eval | demo | inspect. One file a command."""
+"""`memlayers` on the command line: wrap | train | eval | demo | bench | inspect. One file a command."""
 
 import typer
 
+from memlayers.cli.bench import bench
 from memlayers.cli.demo import demo
 from memlayers.cli.evaluate import evaluate
 from memlayers.cli.inspect import inspect
@@ -22,6 +23,7 @@ app.command("wrap")(wrap)
 app.command("train")(train)
 app.command("eval")(evaluate)
 app.command("demo")(demo)
+app.command("bench")(bench)
 app.command("inspect")(inspect)
 
 

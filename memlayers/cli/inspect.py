@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -16,6 +17,13 @@ def inspect(
     ],
     base: Annotated[
         str | None, typer.Option(help="Folder or hub id of the base, in place of the recorded one.")
+    ] = None,
+    text: Annotated[
+        Path | None,
+        typer.Option(help="A text file to read: which slots of product-key memories does it use?"),
+    ] = None,
+    picture: Annotated[
+        Path | None, typer.Option(help="Where to draw the use of slots, with --text (PNG).")
     ] = None,
     debug: Debug = False,
 ) -> None:
@@ -42,6 +50,10 @@ def inspect(
         f"base: {type(model).__name__}, {n_base:,} parameters, {config._name_or_path}", soft_wrap=True
     )
     console.print(f"attention reaches {ml.window(model):,} tokens")
+    if text is not None:
+        console.print(usage_table(read_text(model, folder, text), text, picture))
+    elif picture is not None:
+        raise typer.BadParameter("--picture needs --text, the text whose reads are drawn")
 
 
 def table(model):
@@ -80,3 +92,57 @@ def state_bytes(memory) -> tuple[int, int]:
         hidden = torch.zeros_like(memory.write_inputs(start))
         after = memory.update(start, hidden, torch.ones(1, dtype=torch.bool, device=hidden.device))
     return size, sum(t.nbytes for t in after.values()) - size
+
+
+def read_text(model, folder: str, text: Path) -> dict:
+    """Slot usage of every product-key layer of `model` while it reads a text file, window by window.
+
+    Raises:
+        ValueError: no product-key memory, or an empty text.
+    """
+    import torch
+    from accelerate.utils import tqdm
+
+    import memlayers as ml
+    from memlayers.product_key import product_key_memories
+    from memlayers.product_key.usage import track_usage
+
+    if not product_key_memories(model):
+        raise ValueError(f"{folder} has no memory of kind product_key, so there are no slots to count")
+    words = text.read_text(encoding="utf-8")
+    ids = torch.tensor(tokenizer_of(model, folder)(words, verbose=False)["input_ids"])
+    if not words.strip():
+        raise ValueError(f"{text} is empty")
+    with torch.no_grad(), track_usage(model) as usage:
+        for part in tqdm(ids.split(min(ml.window(model) or 512, 512)), desc="reading", leave=False):
+            model(part[None], use_cache=False)
+    return usage
+
+
+def tokenizer_of(model, folder: str):
+    """The tokenizer beside the memory, else that of its base."""
+    from transformers import AutoTokenizer
+
+    for source in (folder, f"{folder}/base", model.config._name_or_path):
+        try:
+            return AutoTokenizer.from_pretrained(source)
+        except (OSError, ValueError):
+            continue
+    raise FileNotFoundError(f"no tokenizer in {folder} or its base {model.config._name_or_path!r}")
+
+
+def usage_table(usage: dict, text: Path, picture: Path | None):
+    """A rich table of the figures of `SlotUsage.summary`, a column a layer; draws the picture where one is asked."""
+    from rich.table import Table
+
+    from memlayers.product_key.usage import draw_usage
+
+    if picture is not None:
+        draw_usage(usage, picture)
+    summaries = {name: counter.summary() for name, counter in usage.items()}
+    out = Table("figure", title=f"slots that {text.name} reads")
+    for name in summaries:
+        out.add_column(name, justify="right")
+    for figure in next(iter(summaries.values())):
+        out.add_row(figure, *(f"{summary[figure]:,.3f}" for summary in summaries.values()))
+    return out

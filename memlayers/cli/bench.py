@@ -1,0 +1,66 @@
+"""`memlayers bench`: a memory beside what a user would take in its place, both in one run."""
+
+from __future__ import annotations
+
+import json
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from memlayers.cli.common import Debug, command, quiet
+
+
+class Benchmark(StrEnum):
+    product_key = "product_key"
+
+
+@command
+def bench(
+    kind: Annotated[Benchmark, typer.Argument(help="Which memory.")],
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds; every arm runs once in each.")] = 20,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; default: cuda where there is one.")] = None,
+    output: Annotated[Path | None, typer.Option(help="JSON file to write.")] = None,
+    debug: Debug = False,
+) -> None:
+    """Time a kind of memory beside its peers: p20, p50 and p80 of each, and ratios round by round.
+
+    Peers come from PyPI with `pip install memlayers[bench]`; one that is missing is left out and named.
+    On a CPU set OMP_NUM_THREADS for the number of threads.
+    """
+    quiet()
+    import torch
+    from rich.console import Console
+
+    from memlayers.eval.speed import product_key
+    from memlayers.files import write_text
+
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    report = {Benchmark.product_key: product_key}[kind].benchmark(rounds, device)
+    console = Console()
+    for name in ("layers", "lookup"):
+        console.print(table(f"{name}: {report[name]['work']}", report[name]))
+    console.print(f"{report['device']}, {report['threads']} threads, {report['versions']}", soft_wrap=True)
+    if report["not installed"]:
+        console.print(f"not installed, so not compared: {', '.join(report['not installed'])}")
+    if output is not None:
+        write_text(output, json.dumps(report, indent=2) + "\n")
+        console.print(f"written to {output}")
+
+
+def table(title: str, part: dict):
+    """A rich table: milliseconds of every arm, then the ratios."""
+    from rich.table import Table
+
+    out = Table("", title=title)
+    for column in ("p20", "p50", "p80"):
+        out.add_column(column, justify="right")
+    for section, rows in part.items():
+        if not isinstance(rows, dict):
+            continue
+        rows = rows if isinstance(next(iter(rows.values())), dict) else {section: rows}
+        for name, cell in rows.items():
+            out.add_row(f"{name} ({section})" if name != section else name, *(f"{cell[p]:.3g}" for p in cell))
+        out.add_section()
+    return out
