@@ -56,7 +56,7 @@ def check(scores_1: Tensor, scores_2: Tensor, k: int) -> None:
         if one != two:
             raise ValueError(f"product_key_topk: scores_1 and scores_2 differ in {what}: {one} and {two}")
     n_keys = scores_1.shape[-1]
-    if not isinstance(k, int) or not 1 <= k <= n_keys:
+    if not isinstance(k, int) or isinstance(k, bool) or not 1 <= k <= n_keys:
         raise ValueError(
             f"product_key_topk: k is {k!r}; it must be a whole number from 1 to n_keys, {n_keys}"
         )

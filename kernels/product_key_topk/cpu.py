@@ -70,7 +70,9 @@ def select_rows(scores_1: np.ndarray, scores_2: np.ndarray, k: int) -> tuple[np.
     index_1, index_2 = top(scores_1, k), top(scores_2, k)
     top_1 = np.take_along_axis(scores_1, index_1, axis=1)
     top_2 = np.take_along_axis(scores_2, index_2, axis=1)
-    best = top(top_1.take(first, axis=1) + top_2.take(second, axis=1), k)
+    with np.errstate(over="ignore", invalid="ignore"):  # torch does not warn either
+        sums = top_1.take(first, axis=1) + top_2.take(second, axis=1)
+    best = top(sums, k)
     return (
         np.take_along_axis(index_1, first[best], axis=1),
         np.take_along_axis(index_2, second[best], axis=1),
