@@ -9,10 +9,11 @@ from pydantic import Field, PlainValidator, model_validator
 from memlayers.config import ConfigError, Strict, validate
 from memlayers.kinds import AnyMemoryConfig
 
-from .data_config import AnyData, DatasetData, FactsData, JsonlData, TaskData, TextData
+from .data_config import AnyData, BackgroundSection, DatasetData, FactsData, JsonlData, TaskData, TextData
 
 __all__ = [
     "AnyData",
+    "BackgroundSection",
     "CurriculumSection",
     "DatasetData",
     "FactsData",
@@ -235,6 +236,7 @@ class TrainConfig(Strict):
         lora: PEFT LoRA on the base; needed for `memory_and_lora`, else left out.
         data, loss, curriculum, optimizer, schedule: see the sections.
         sparse_finetuning: which slots may change; None: all that are read.
+        background: text that is to stay as the base has it; None: nothing holds it.
         batch_size: items per process and forward pass.
         gradient_accumulation: forward passes per step.
         max_steps: optimizer steps.
@@ -261,6 +263,7 @@ class TrainConfig(Strict):
     curriculum: CurriculumSection | None = None
     optimizer: OptimizerSection = OptimizerSection()
     sparse_finetuning: SparseFinetuningSection | None = None
+    background: BackgroundSection | None = None
     schedule: ScheduleSection = ScheduleSection()
     batch_size: int = Field(32, ge=1)
     gradient_accumulation: int = Field(1, ge=1)
@@ -286,6 +289,8 @@ class TrainConfig(Strict):
             raise ConfigError(
                 "sparse_finetuning: works on value tables alone; set train_what: values and give optimizer.values"
             )
+        if self.background is not None:
+            self._check_background(self.background)
         if isinstance(self.data, TaskData) and (self.data.segments is None) == (self.curriculum is None):
             raise ConfigError("data.segments: give a number of segments here, or a curriculum, not both")
         if self.curriculum is not None and not isinstance(self.data, TaskData):
@@ -300,3 +305,14 @@ class TrainConfig(Strict):
                 "use non_reentrant"
             )
         return self
+
+    def _check_background(self, background: BackgroundSection) -> None:
+        if self.train_what not in ("memory", "values"):
+            raise ConfigError(
+                f"background: holds the model to its frozen base, which train_what: {self.train_what} changes"
+            )
+        prompts = isinstance(self.data, FactsData) and self.data.facts.n_neighbours
+        if background.neighbours and not prompts:
+            raise ConfigError(
+                "background.neighbours: only data of type facts with n_neighbours has such prompts"
+            )

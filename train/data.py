@@ -129,8 +129,12 @@ class ExampleSource:
         self._epoch, self._order = -1, []
 
     def batch(self, position: int, rank: int = 0, world: int = 1, segments: int | None = None) -> Batch:
+        return collate(self.items(position, rank, world), self.regime)
+
+    def items(self, position: int, rank: int = 0, world: int = 1) -> list[Example]:
+        """The items of a batch."""
         first = (position * world + rank) * self.batch_size
-        return collate([self._item(first + i) for i in range(self.batch_size)], self.regime)
+        return [self._item(first + i) for i in range(self.batch_size)]
 
     def _item(self, index: int) -> Example:
         epoch, place = divmod(index, len(self.examples))

@@ -106,3 +106,23 @@ class FactsData(Strict):
 
 
 AnyData = Annotated[TaskData | TextData | JsonlData | DatasetData | FactsData, Field(discriminator="type")]
+
+
+class BackgroundSection(Strict):
+    """Keeps old text as it was: KL(base || model) on a batch of it is added to the loss of every step, see
+    `memlayers.train.background`.
+
+    Attributes:
+        files: ordinary text: paths or globs.
+        length: tokens of a sequence.
+        batch_size: sequences a process reads beside each batch of the data.
+        neighbours: with data of type facts, prompts about subjects of no batch that are read along with them; what
+            the base says to them is kept too. Evaluation asks about other subjects.
+        weight: of the divergence.
+    """
+
+    files: list[str] = Field(min_length=1)
+    length: int = Field(64, ge=2)
+    batch_size: int = Field(8, ge=1)
+    neighbours: int = Field(0, ge=0)
+    weight: float = Field(1.0, gt=0)

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from .background import divergence
 from .data import ANSWER, CONTEXT, Batch
 
 
@@ -19,14 +20,22 @@ class Objective(nn.Module):
         model: with or without memories.
         weights: (part, weight) pairs of the loss, see `data.loss_weights`.
         by_item: count an item as right when all its answer tokens are the most likely ones; else count tokens.
+        background_weight: of the divergence from the base on background text.
     """
 
-    def __init__(self, model: nn.Module, weights: list[tuple[int, float]], by_item: bool):
+    def __init__(
+        self,
+        model: nn.Module,
+        weights: list[tuple[int, float]],
+        by_item: bool,
+        background_weight: float = 0.0,
+    ):
         super().__init__()
         self.model, self.weights, self.by_item = model, weights, by_item
+        self.background_weight = background_weight
         self.with_context = any(part == CONTEXT for part, _ in weights)
 
-    def forward(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, batch: Batch, background: Batch | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns: loss and accuracy, two float32 scalars; the accuracy has no gradient."""
         tail = batch.tail
         if batch.context_ids is not None:
@@ -50,6 +59,8 @@ class Objective(nn.Module):
         n = logits.shape[1] - 1
         logits, targets, parts = logits[:, :-1].float(), batch.input_ids[:, -n:], batch.parts[:, -n:]
         loss = loss_of_context + self._loss(logits, targets, parts, first=batch.parts[:, -n - 1 : -1])
+        if background is not None:
+            loss = loss + self.background_weight * divergence(self.model, background)
         return loss, self._accuracy(logits.detach(), targets, parts)
 
     def _write(self, batch: Batch):

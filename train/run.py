@@ -30,6 +30,7 @@ import torch
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import set_seed, tqdm
 
+from memlayers.train.background import Background
 from memlayers.train.config import TrainConfig
 from memlayers.train.curriculum import Curriculum
 from memlayers.train.data import loss_weights
@@ -76,10 +77,11 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
         model, tokenizer = build_model(config)
         source = make_source(config, tokenizer, segment_length(model))
         check_regime(model, source.regime)
-        objective = Objective(
-            model, loss_weights(config.loss, source.has_accuracy), by_item=source.has_accuracy
-        )
+        weights = loss_weights(config.loss, source.has_accuracy)
+        kept = config.background.weight if config.background is not None else 0.0
+        objective = Objective(model, weights, by_item=source.has_accuracy, background_weight=kept)
         model.to(accelerator.device)
+        background = Background(model, config, tokenizer) if config.background is not None else None
         tables = row_sparse_tables(model, config.optimizer)
         optimizers = make_optimizers(model, config, tables)
         objective = prepare_objective(accelerator, objective, tables.values())
@@ -119,10 +121,14 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
             for micro in range(config.gradient_accumulation):
                 position = progress.step * config.gradient_accumulation + micro
                 batch = source.batch(position, accelerator.process_index, accelerator.num_processes, segments)
-                batch = batch.to(accelerator.device)
+                batch, old = batch.to(accelerator.device), None
+                if background is not None:
+                    place = position, accelerator.process_index, accelerator.num_processes
+                    old = background.batch(*place).to(accelerator.device)
+                    progress.tokens += old.n_tokens * accelerator.num_processes
                 last = micro == config.gradient_accumulation - 1
                 with nullcontext() if last else accelerator.no_sync(objective):
-                    loss, accuracy = objective(batch)
+                    loss, accuracy = objective(batch, old)
                     accelerator.backward(loss)
                 losses.append(loss.detach())
                 accuracies.append(accuracy)
