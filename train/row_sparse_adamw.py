@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import mmap
 import random
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -147,14 +148,15 @@ def _update(
         v.add_(g.square().mean(1, keepdim=True), alpha=1 - beta_2)
     else:
         v.addcmul_(g, g, value=1 - beta_2)
+    carries = None if noise is None else _carries(g.shape, noise)
     state["row_steps"].index_copy_(0, rows, steps)
-    _store(state["exp_avg"], rows, m, noise)
-    _store(state["exp_avg_sq"], rows, v, noise)
+    _store(state["exp_avg"], rows, m, carries)
+    _store(state["exp_avg_sq"], rows, v, carries)
 
     scale = v.sqrt_().div_(_one_minus_power(beta_2, steps).sqrt_()).add_(group["eps"])
     updated = table.index_select(0, rows).float().mul_(1 - lr * group["weight_decay"])
     updated.addcdiv_(m.div_(_one_minus_power(beta_1, steps)), scale, value=-lr)
-    _store(table, rows, updated, noise)
+    _store(table, rows, updated, carries)
 
 
 def _one_minus_power(beta: float, steps: torch.Tensor) -> torch.Tensor:
@@ -163,11 +165,21 @@ def _one_minus_power(beta: float, steps: torch.Tensor) -> torch.Tensor:
 
 
 def _store(
-    target: torch.Tensor, rows: torch.Tensor, values: torch.Tensor, noise: torch.Generator | None
+    target: torch.Tensor, rows: torch.Tensor, values: torch.Tensor, carries: Iterator[torch.Tensor] | None
 ) -> None:
     if target.dtype == torch.bfloat16:
-        values = round_stochastically(values, noise)
+        values = round_stochastically(values, next(carries))
     target.index_copy_(0, rows, values)
+
+
+def _carries(shape: torch.Size, generator: torch.Generator) -> Iterator[torch.Tensor]:
+    """Tensors of random int32 in [0, 2¹⁶); a draw of 64 bits gives four."""
+    size = shape.numel()
+    while True:
+        bits = torch.empty((size + 1) // 2, dtype=torch.int64, device=generator.device)
+        bits = bits.random_(-(2**63), None, generator=generator).view(torch.int32)[:size].view(shape)
+        yield bits.bitwise_and(0xFFFF)
+        yield bits.bitwise_right_shift_(16).bitwise_and_(0xFFFF)
 
 
 def coalesce_rows(gradient: torch.Tensor) -> torch.Tensor:
@@ -185,15 +197,16 @@ def coalesce_rows(gradient: torch.Tensor) -> torch.Tensor:
     return gradient.coalesce()
 
 
-def round_stochastically(x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+def round_stochastically(x: torch.Tensor, carry: torch.Tensor) -> torch.Tensor:
     """float32 to bfloat16: to one of the two neighbours, each with the probability that makes the mean x.
 
     bfloat16 is the upper half of a float32's bits. A random number added to the lower half carries into the upper
     one with the probability that the lower half stands for.
+
+    Args:
+        carry: int32 of the shape of x, uniform in [0, 2¹⁶); is overwritten.
     """
-    bits = x.view(torch.int32)
-    carry = torch.randint(0, 2**16, x.shape, dtype=torch.int32, device=x.device, generator=generator)
-    return carry.add_(bits).bitwise_and_(-(2**16)).view(torch.float32).to(torch.bfloat16)
+    return carry.add_(x.view(torch.int32)).bitwise_and_(-(2**16)).view(torch.float32).to(torch.bfloat16)
 
 
 def _new_state(table: torch.Tensor, kind: str) -> dict[str, Any]:

@@ -45,6 +45,13 @@ from memlayers.train.run import train
         ("lora", {"target_modules": "q_proj"}, "lora.target_modules: needs a list of names"),
         ("model", {"config": {"model_type": "llama"}}, "model.tokenizer: a model from config needs one"),
         ("model", {}, "model.path: give either path"),
+        ("optimizer.values", {"state": "float16"}, "optimizer.values.state:"),
+        ("optimizer.values", {"betas": [0.9, 1.0]}, "optimizer.values.betas.1:"),
+        (
+            "optimizer.values",
+            {"learning_rat": 1},
+            "optimizer.values.learning_rat: unknown field, did you mean",
+        ),
     ],
 )
 def test_wrong_field(fields, path, value, told):

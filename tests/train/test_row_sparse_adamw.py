@@ -215,15 +215,24 @@ def test_a_bfloat16_table_moves_at_small_learning_rates():
 def test_stochastic_rounding():
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(1000, generator=generator)
-    rounded = torch.stack([round_stochastically(x, generator) for _ in range(400)]).float()
+    carries = row_sparse_adamw._carries(x.shape, generator)
+    rounded = torch.stack([round_stochastically(x, next(carries)) for _ in range(400)]).float()
     towards_zero = x.view(torch.int32).bitwise_and(-(2**16))  # what remains is the upper half of the bits
     below, above = towards_zero.view(torch.float32), (towards_zero + 2**16).view(torch.float32)
     assert ((rounded == below) | (rounded == above)).all()
-    # the mean of 400 draws of one of two neighbours: a standard error of at most half their distance / 20
-    assert ((rounded.mean(0) - x) / (above - below)).abs().max() < 5 * 0.5 / 20
-    kept = torch.tensor([0.0, -0.0, 1.5, -2.0, float("inf"), float("-inf")])
-    assert torch.equal(round_stochastically(kept, generator).float(), kept)
-    assert round_stochastically(torch.full((3,), float("nan")), generator).isnan().all()
+    for part in (rounded, rounded[::2], rounded[1::2]):  # a draw gives two carries, which are both uniform
+        # draws of one of two neighbours: their mean has a standard error of at most half the distance / √n
+        error = (part.mean(0) - x) / (above - below)
+        assert error.abs().max() < 5 * 0.5 / len(part) ** 0.5
+    first, second = ((rounded[i::2] == above).float() for i in (0, 1))
+    together = ((first - first.mean(0)) * (second - second.mean(0))).mean()
+    assert together.abs() < 5 * 0.25 / 200_000**0.5  # and independent: the covariance of two coins is 0
+    for kept in (
+        torch.tensor([0.0, -0.0, 1.5, -2.0, float("inf"), float("-inf")]),
+        torch.full((3,), torch.nan),
+    ):
+        carry = next(row_sparse_adamw._carries(kept.shape, generator))
+        assert torch.equal(round_stochastically(kept, carry).float().nan_to_num(7), kept.nan_to_num(7))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
