@@ -46,6 +46,7 @@ class Kind:
         segmented: reads a long input in segments; the window ends at a segment's end.
         accumulates: the state grows with the text.
         decoding_writes: `write_while_decoding` is on.
+        chooses: reads what scores best, a step where rounding may tip the scale.
         replaces: takes the place of an MLP, whose parameters get no gradient then.
     """
 
@@ -57,6 +58,7 @@ class Kind:
     accumulates: bool = False
     decoding_writes: bool = False
     replaces: bool = False
+    chooses: bool = False
 
     def with_fields(self, **fields) -> Kind:
         """The same memories with some fields of their configs changed."""
@@ -231,7 +233,13 @@ def _product_key(name: str, **fields) -> Kind:
     config = ml.ProductKeyMemoryConfig(**{**small, **fields})
     replaces = config.placement == "replace"
     return Kind(
-        name, {"facts": config}, additive=not replaces, stateful=False, segmented=False, replaces=replaces
+        name,
+        {"facts": config},
+        additive=not replaces,
+        stateful=False,
+        segmented=False,
+        replaces=replaces,
+        chooses=True,
     )
 
 

@@ -1,10 +1,12 @@
 """Background: what the model says of other text stays what its base says of it.
 
-In every step a batch of ordinary text runs too, with the memory and without, and KL(base ‖ model), the mean over
-tokens of the text, is added to the loss. The base is the same model with its memories off, and it must be frozen.
+In every step a batch of ordinary text runs too, and KL(base ‖ model), the mean over tokens of the text, is added to the
+loss. The base is the same model with its memories off; where it learns too, a copy of what it was at the start.
 """
 
 from __future__ import annotations
+
+import copy
 
 import torch
 from torch import nn
@@ -21,7 +23,11 @@ from .sources import make_source
 
 
 class Background:
-    """The batches that are read beside those of the data.
+    """The batches that are read beside those of the data, and what the base says of them.
+
+    Attributes:
+        weight: of the divergence in the loss.
+        base: the model to stay near to; None where it is the trained one with its memories off.
 
     Raises:
         ConfigError: a file that is not there or too short; names the field.
@@ -29,6 +35,9 @@ class Background:
 
     def __init__(self, model: nn.Module, config: TrainConfig, tokenizer):
         section = config.background
+        self.weight, self.base = section.weight, None
+        if config.train_what in ("memory_and_base", "memory_and_lora"):
+            self.base = copy.deepcopy(model).requires_grad_(False).eval()
         text = TextData(files=section.files, length=section.length)
         changes = {"data": text, "batch_size": section.batch_size}
         try:
@@ -72,15 +81,18 @@ def neighbour_examples(model: nn.Module, data: FactsData, tokenizer, batch_size:
     return examples
 
 
-def divergence(model: nn.Module, batch: Batch) -> torch.Tensor:
-    """KL(base ‖ model): the mean over the tokens of each row, then over the rows, a float32 scalar."""
+def divergence(model: nn.Module, batch: Batch, base: nn.Module | None = None) -> torch.Tensor:
+    """KL(base ‖ model): the mean over the tokens of each row, then over the rows, a float32 scalar.
+
+    base: a frozen model in eval mode; None: `model` with its memories off.
+    """
     inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "use_cache": False}
-    training = model.training
+    training, base = model.training, model if base is None else base
     model.eval()  # the base without its dropout
-    with torch.no_grad(), ml.disabled(model):
-        base = model(**inputs).logits.float().log_softmax(-1)
+    with torch.no_grad(), ml.disabled(base):
+        expected = base(**inputs).logits.float().log_softmax(-1)
     model.train(training)
     ours = model(**inputs).logits.float().log_softmax(-1)
-    each = F.kl_div(ours, base, reduction="none", log_target=True).sum(-1)
+    each = F.kl_div(ours, expected, reduction="none", log_target=True).sum(-1)
     real = batch.parts > 0
     return ((each * real).sum(1) / real.sum(1)).mean()

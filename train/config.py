@@ -289,8 +289,11 @@ class TrainConfig(Strict):
             raise ConfigError(
                 "sparse_finetuning: works on value tables alone; set train_what: values and give optimizer.values"
             )
-        if self.background is not None:
-            self._check_background(self.background)
+        prompts = isinstance(self.data, FactsData) and self.data.facts.n_neighbours
+        if self.background is not None and self.background.neighbours and not prompts:
+            raise ConfigError(
+                "background.neighbours: only data of type facts with n_neighbours has such prompts"
+            )
         if isinstance(self.data, TaskData) and (self.data.segments is None) == (self.curriculum is None):
             raise ConfigError("data.segments: give a number of segments here, or a curriculum, not both")
         if self.curriculum is not None and not isinstance(self.data, TaskData):
@@ -305,14 +308,3 @@ class TrainConfig(Strict):
                 "use non_reentrant"
             )
         return self
-
-    def _check_background(self, background: BackgroundSection) -> None:
-        if self.train_what not in ("memory", "values"):
-            raise ConfigError(
-                f"background: holds the model to its frozen base, which train_what: {self.train_what} changes"
-            )
-        prompts = isinstance(self.data, FactsData) and self.data.facts.n_neighbours
-        if background.neighbours and not prompts:
-            raise ConfigError(
-                "background.neighbours: only data of type facts with n_neighbours has such prompts"
-            )

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from .background import divergence
+from .background import Background, divergence
 from .data import ANSWER, CONTEXT, Batch
 
 
@@ -20,7 +20,7 @@ class Objective(nn.Module):
         model: with or without memories.
         weights: (part, weight) pairs of the loss, see `data.loss_weights`.
         by_item: count an item as right when all its answer tokens are the most likely ones; else count tokens.
-        background_weight: of the divergence from the base on background text.
+        background: what else is to stay as the base has it, where a run has such a section.
     """
 
     def __init__(
@@ -28,11 +28,11 @@ class Objective(nn.Module):
         model: nn.Module,
         weights: list[tuple[int, float]],
         by_item: bool,
-        background_weight: float = 0.0,
+        background: Background | None = None,
     ):
         super().__init__()
         self.model, self.weights, self.by_item = model, weights, by_item
-        self.background_weight = background_weight
+        self.background = background
         self.with_context = any(part == CONTEXT for part, _ in weights)
 
     def forward(self, batch: Batch, background: Batch | None = None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -60,7 +60,8 @@ class Objective(nn.Module):
         logits, targets, parts = logits[:, :-1].float(), batch.input_ids[:, -n:], batch.parts[:, -n:]
         loss = loss_of_context + self._loss(logits, targets, parts, first=batch.parts[:, -n - 1 : -1])
         if background is not None:
-            loss = loss + self.background_weight * divergence(self.model, background)
+            far = divergence(self.model, background, self.background.base)
+            loss = loss + self.background.weight * far
         return loss, self._accuracy(logits.detach(), targets, parts)
 
     def _write(self, batch: Batch):

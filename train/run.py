@@ -78,10 +78,9 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
         source = make_source(config, tokenizer, segment_length(model))
         check_regime(model, source.regime)
         weights = loss_weights(config.loss, source.has_accuracy)
-        kept = config.background.weight if config.background is not None else 0.0
-        objective = Objective(model, weights, by_item=source.has_accuracy, background_weight=kept)
         model.to(accelerator.device)
         background = Background(model, config, tokenizer) if config.background is not None else None
+        objective = Objective(model, weights, by_item=source.has_accuracy, background=background)
         tables = row_sparse_tables(model, config.optimizer)
         optimizers = make_optimizers(model, config, tables)
         objective = prepare_objective(accelerator, objective, tables.values())

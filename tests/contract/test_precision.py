@@ -31,7 +31,8 @@ def bf16_base(model):
 
 def near_float32(case, base_to, model_to, autocast=False):
     """The yardstick is the base alone in bf16 on the same text: memory may make that error a few times larger,
-    since each segment reads what the one before rounded, but not of another order."""
+    since each segment reads what the one before rounded, but not of another order. A kind that chooses what it
+    reads takes another slot where two scores are as near as bf16 rounds, and with random values that shows."""
     ids = tokens(2, TEXT)
     base, model = case.base(), case.model()
     expected_base, expected = base(ids).logits, model(ids).logits
@@ -39,7 +40,8 @@ def near_float32(case, base_to, model_to, autocast=False):
         yardstick, output = base_to(base)(ids).logits, model_to(model)(ids)
     assert output.logits.isfinite().all()
     error, floor = relative(output.logits, expected), relative(yardstick, expected_base)
-    assert 0 < error < 6 * floor + 0.01, f"relative error {error:.4f}, the base alone has {floor:.4f}"
+    slack = 0.15 if case.kind.chooses else 0.01
+    assert 0 < error < 6 * floor + slack, f"relative error {error:.4f}, the base alone has {floor:.4f}"
     float32_state(case, output)
 
 

@@ -115,6 +115,28 @@ def test_background_keeps_what_the_base_says(run, tmp_path, tokenizer):
     assert moved["held"] < 0.5 * moved["free"]
 
 
+@pytest.mark.parametrize(
+    "learning",
+    [
+        {"train_what": "memory_and_base"},
+        {"train_what": "memory_and_lora", "lora": {"r": 4}},
+    ],
+    ids=["base", "lora"],
+)
+def test_a_base_that_learns_is_held_to_what_it_was(run, base, tmp_path, tokenizer, learning):
+    ids = tokenizer(["The sky is blue and the grass is green."], return_tensors="pt").input_ids[:, 1:]
+    batch, original = collate([Example((), (), ids[0].tolist())], "W"), {}
+    was, moved = AutoModelForCausalLM.from_pretrained(base).eval(), {}
+    for name, background in (("free", None), ("held", {"weight": 10.0})):
+        made = run(
+            background, max_steps=30, log_every=30, output_dir=str(tmp_path / name), memories={}, **learning
+        )
+        trained = AutoModelForCausalLM.from_pretrained(train(validate(TrainConfig, made))).eval()
+        moved[name] = divergence(trained, batch, was).item()
+        original[name] = divergence(was, batch, was).item()
+    assert moved["held"] < 0.8 * moved["free"] and max(original.values()) < 1e-6
+
+
 def test_resumed_runs_read_the_same_background(run, tmp_path):
     straight = run({"neighbours": 2}, output_dir=str(tmp_path / "straight"), max_steps=4)
     train(validate(TrainConfig, straight))
@@ -156,7 +178,6 @@ def test_neighbours_are_the_spare_subjects_and_the_base_s_own_words(run, base, t
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        ({"train_what": "memory_and_base"}, "background: holds the model to its frozen base"),
         ({"memories": {}}, "train_what: nothing would learn"),
         ({"background": {"files": ["nowhere.txt"]}}, "background.files.0: no file matches 'nowhere.txt'"),
         (
