@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 BLOCK = 256  # rows up to this length are sorted by a network that stays in registers
-CHUNK = 2**18  # scores handled at a time: their keys stay in the processor's cache
+CHUNK = 2**17  # scores handled at a time: their keys stay in the processor's cache
 SIGN = np.int32(-(2**31))
 LOW = np.int64(2**32 - 1)
 
@@ -68,15 +68,16 @@ def select_rows(scores_1: np.ndarray, scores_2: np.ndarray, k: int) -> tuple[np.
     """`select` for two arrays (rows, n_keys)."""
     first, second = pairs(k)
     index_1, index_2 = top(scores_1, k), top(scores_2, k)
-    top_1 = np.take_along_axis(scores_1, index_1, axis=1)
-    top_2 = np.take_along_axis(scores_2, index_2, axis=1)
     with np.errstate(over="ignore", invalid="ignore"):  # torch does not warn either
-        sums = top_1.take(first, axis=1) + top_2.take(second, axis=1)
+        sums = pick(scores_1, index_1).take(first, axis=1) + pick(scores_2, index_2).take(second, axis=1)
     best = top(sums, k)
-    return (
-        np.take_along_axis(index_1, first[best], axis=1),
-        np.take_along_axis(index_2, second[best], axis=1),
-    )
+    return pick(index_1, first.take(best)), pick(index_2, second.take(best))
+
+
+def pick(array: np.ndarray, places: np.ndarray) -> np.ndarray:
+    """What stands at `places` of each row: a faster np.take_along_axis."""
+    starts = np.arange(len(array))[:, None] * array.shape[1]
+    return array.reshape(-1).take(places + starts)
 
 
 def top(scores: np.ndarray, k: int) -> np.ndarray:
