@@ -92,6 +92,7 @@ def test_interrupted_with_row_sparse_tables(config, fields, tmp_path, monkeypatc
         "optimizer": {"learning_rate": 0.01, "values": {"state": state, "learning_rate": 0.02}},
         "schedule": {"type": "linear", "warmup_steps": 3},
         "max_steps": 10,
+        "log_every": 3,
         "checkpoint_every": 4,
     }
     train(config(**fields(**changes, output_dir=str(tmp_path / "straight"))))

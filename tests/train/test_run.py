@@ -18,6 +18,19 @@ from memlayers.train.run import TrainingError, train
 
 ROOT = Path(__file__).resolve().parents[2]
 
+FACTS = {
+    "memories": {"facts": {"type": "product_key", "n_keys": 16, "heads": 2, "top_k": 3, "key_dim": 8}},
+    "optimizer": {"learning_rate": 0.01, "values": {"learning_rate": 0.02}},
+}
+"""A product-key memory whose table has an optimizer and row-sparse gradients of its own; wants regime F."""
+
+
+def with_memory(fields, memory: str) -> dict:
+    """Changes of a config: the memory tokens it has, or `FACTS`."""
+    if memory == "tokens":
+        return {}
+    return {**FACTS, "data": {**fields()["data"], "regime": "F", "segment_length": 24}}
+
 
 def lines(config) -> list[dict]:
     return read_log(Path(config.output_dir) / "log.jsonl")
@@ -152,10 +165,12 @@ def test_bf16_stays_near_float32(config, tmp_path):
     assert ml.load(final).lm_head.weight.dtype == torch.float32
 
 
-def test_accumulation_equals_a_larger_batch(config, base, tmp_path):
+@pytest.mark.parametrize("memory", ["tokens", "facts"])
+def test_accumulation_equals_a_larger_batch(config, fields, base, tmp_path, memory):
     change_config(base, attention_dropout=0.0)
-    large = config(batch_size=8, max_steps=3)
-    small = config(batch_size=4, gradient_accumulation=2, max_steps=3, output_dir=str(tmp_path / "small"))
+    changes = {"max_steps": 3, **with_memory(fields, memory)}
+    large = config(batch_size=8, **changes)
+    small = config(batch_size=4, gradient_accumulation=2, output_dir=str(tmp_path / "small"), **changes)
     train(large)
     train(small)
     for a, b in zip(lines(large), lines(small)):
@@ -241,19 +256,11 @@ def test_errors_on_the_command_line_are_one_paragraph(fields, tmp_path):
     assert result.stderr.strip().splitlines()[-1].startswith("error: optimizer.learning_rat: unknown field")
 
 
-FACTS = {
-    "memories": {"facts": {"type": "product_key", "n_keys": 16, "heads": 2, "top_k": 3, "key_dim": 8}},
-    "optimizer": {"learning_rate": 0.01, "values": {"learning_rate": 0.02}},
-}
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("memory", ["tokens", "row-sparse tables"])
+@pytest.mark.parametrize("memory", ["tokens", "facts"])
 def test_two_processes_equal_one_with_the_whole_batch(fields, config, base, tmp_path, memory):
     change_config(base, attention_dropout=0.0)
-    changes = {}
-    if memory == "row-sparse tables":
-        changes = {**FACTS, "data": {**fields()["data"], "regime": "F", "segment_length": 24}}
+    changes = with_memory(fields, memory)
     alone = config(batch_size=8, output_dir=str(tmp_path / "alone"), **changes)
     train(alone)
     path = tmp_path / "run.yaml"
