@@ -62,17 +62,13 @@ def forward_kernel(
     at = tl.arange(0, BLOCK)[None, :]
     last = tl.full([], -0x8000000000000000, tl.int64)
 
+    halves = tl.where(half == 0, scores_1 + row * n_keys, scores_2 + row * n_keys)
     tops = tl.full([2, K], last, tl.int64)
     for start in range(0, n_keys, BLOCK):
         key = start + at
         real = key < n_keys
-        one = tl.load(scores_1 + row * n_keys + key + half * 0, mask=real & (half == 0), other=0).to(
-            tl.float32
-        )
-        two = tl.load(scores_2 + row * n_keys + key + half * 0, mask=real & (half == 1), other=0).to(
-            tl.float32
-        )
-        tops = merge(tops, tl.topk(pack(tl.where(half == 0, one, two), key, real), K))
+        values = tl.load(halves + key, mask=real, other=0).to(tl.float32)
+        tops = merge(tops, tl.topk(pack(values, key, real), K))
     tops, places = unpack(tops)
 
     best = tl.full([1, K], last, tl.int64)
@@ -101,23 +97,20 @@ def backward_kernel(
     k: tl.constexpr,
     K: tl.constexpr,  # k raised to a power of two
 ):
-    """A key may stand in several of the k sums: its first stands for all, and adds them up in order of rank."""
+    """A key may stand in several of the k sums. Each of them adds up the gradients of all, in order of rank, and
+    all write the same bits."""
     row = tl.program_id(0).to(tl.int64)
     rank = tl.arange(0, K)
     index = tl.load(indices + row * k + rank, mask=rank < k, other=0).to(tl.int32)
     i, j = index // n_keys, index % n_keys
     total_1, total_2 = tl.zeros([K], tl.float32), tl.zeros([K], tl.float32)
-    first_1, first_2 = rank < k, rank < k
     for other in range(k):
         grad = tl.load(grads + row * k + other).to(tl.float32)
         place = tl.load(indices + row * k + other).to(tl.int32)
-        same_1, same_2 = i == place // n_keys, j == place % n_keys
-        total_1 += tl.where(same_1, grad, 0.0)
-        total_2 += tl.where(same_2, grad, 0.0)
-        first_1 = first_1 & ((other >= rank) | (same_1 == 0))
-        first_2 = first_2 & ((other >= rank) | (same_2 == 0))
-    tl.store(grads_1 + row * n_keys + i, total_1, mask=first_1)
-    tl.store(grads_2 + row * n_keys + j, total_2, mask=first_2)
+        total_1 += tl.where(i == place // n_keys, grad, 0.0)
+        total_2 += tl.where(j == place % n_keys, grad, 0.0)
+    tl.store(grads_1 + row * n_keys + i, total_1, mask=rank < k)
+    tl.store(grads_2 + row * n_keys + j, total_2, mask=rank < k)
 
 
 @lru_cache
