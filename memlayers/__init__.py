@@ -17,6 +17,7 @@ from .config import ConfigError, MemoryConfig  # noqa: E402
 from .kinds import parse_memory_config  # noqa: E402
 from .memory import Memory  # noqa: E402
 from .model import memories, memory_parameters, window  # noqa: E402
+from .optim import RowSparseAdamW  # noqa: E402
 from .product_key import ProductKeyMemories, ProductKeyMemory, ProductKeyMemoryConfig  # noqa: E402
 from .state import MemoryCache, MemoryState  # noqa: E402
 from .stream import write  # noqa: E402
@@ -33,6 +34,7 @@ __all__ = [
     "ProductKeyMemories",
     "ProductKeyMemory",
     "ProductKeyMemoryConfig",
+    "RowSparseAdamW",
     "attach",
     "detach",
     "disabled",

@@ -153,7 +153,7 @@ class CurriculumSection(Strict):
 
 class ValuesSection(Strict):
     """A `RowSparseAdamW` for the value tables of product-key memories: a step costs what the rows that were read
-    cost, see `memlayers.train.row_sparse_adamw`.
+    cost, see `memlayers.optim`.
 
     Attributes:
         learning_rate: of the tables; ten times that of the rest in 2412.09764.

@@ -1,4 +1,4 @@
-"""Parameter groups, the optimizers and their schedules, and a gradient norm that knows sparse gradients."""
+"""What learns, parameter groups, the optimizers and their schedules."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from transformers import get_scheduler
 
 import memlayers as ml
 from memlayers.config import ConfigError
+from memlayers.optim import RowSparseAdamW
 from memlayers.product_key import product_key_memories, sparse_gradients, value_tables
 
 from .config import OptimizerSection, TrainConfig
-from .row_sparse_adamw import RowSparseAdamW, coalesce_rows
 
 LORA = ".lora_"
 """In the names of all parameters that PEFT adds: lora_A, lora_B, lora_embedding_A, lora_magnitude_vector."""
@@ -145,29 +145,3 @@ def make_schedule(
     """The schedule of `transformers` that the config names, over `max_steps`."""
     kind = "constant_with_warmup" if config.schedule.type == "constant" else config.schedule.type
     return get_scheduler(kind, optimizer, config.schedule.warmup_steps, config.max_steps)
-
-
-def clip_gradients(parameters: Iterable[nn.Parameter], largest: float | None) -> torch.Tensor:
-    """Scale all gradients in place so that their joint 2-norm is at most `largest`; None only measures.
-
-    `torch.nn.utils.clip_grad_norm_` raises on sparse gradients. Here these are coalesced first, so that a row
-    that was read twice counts once, with the sum of its gradients, as in a dense gradient.
-
-    Returns:
-        The norm before scaling, a float32 scalar on the gradients' device.
-    """
-    values = []
-    for parameter in parameters:
-        if parameter.grad is None:
-            continue
-        if parameter.grad.is_sparse:
-            parameter.grad = coalesce_rows(parameter.grad)
-            values.append(parameter.grad._values())
-        else:
-            values.append(parameter.grad)
-    if not values:
-        return torch.zeros(())
-    norm = torch.nn.utils.get_total_norm(values)
-    if largest is not None:
-        torch._foreach_mul_(values, (largest / (norm + 1e-6)).clamp(max=1.0))
-    return norm

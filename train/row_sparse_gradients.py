@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from .row_sparse_adamw import coalesce_rows
+from memlayers.optim import coalesce_rows
 
 
 def prepare_objective(

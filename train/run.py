@@ -30,6 +30,7 @@ import torch
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import set_seed, tqdm
 
+from memlayers.optim import clip_gradients
 from memlayers.train.background import Background
 from memlayers.train.config import TrainConfig
 from memlayers.train.curriculum import Curriculum
@@ -37,7 +38,7 @@ from memlayers.train.data import loss_weights
 from memlayers.train.log import Log, draw_curve
 from memlayers.train.model import build_model, check_regime, save_model, segment_length
 from memlayers.train.objective import Objective
-from memlayers.train.optimizers import clip_gradients, make_optimizers, make_schedule, row_sparse_tables
+from memlayers.train.optimizers import make_optimizers, make_schedule, row_sparse_tables
 from memlayers.train.resume import Progress, load_checkpoint, save_checkpoint, saved_usage
 from memlayers.train.row_sparse_gradients import average_row_sparse, prepare_objective
 from memlayers.train.sources import make_source

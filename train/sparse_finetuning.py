@@ -15,11 +15,11 @@ from accelerate import Accelerator
 from accelerate.utils import tqdm
 from torch import nn
 
+from memlayers.optim import coalesce_rows
 from memlayers.product_key.usage import reads_of_tables, track_usage
 
 from .config import SparseFinetuningSection, TrainConfig
 from .data_config import TextData
-from .row_sparse_adamw import coalesce_rows
 from .sources import make_source
 
 

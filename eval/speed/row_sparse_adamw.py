@@ -36,8 +36,8 @@ from torch import nn
 import memlayers as ml
 from memlayers.files import write_text
 from memlayers.kernels.weighted_gather import weighted_gather
-from memlayers.train.optimizers import clip_gradients
-from memlayers.train.row_sparse_adamw import STATES, RowSparseAdamW
+from memlayers.optim import clip_gradients
+from memlayers.optim.row_sparse_adamw import STATES, RowSparseAdamW
 
 DENSE = {
     "AdamW": partial(torch.optim.AdamW, lr=1e-3),

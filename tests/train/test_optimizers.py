@@ -6,15 +6,14 @@ from safetensors.torch import load_file
 from torch import nn
 
 import memlayers as ml
+from memlayers.optim import RowSparseAdamW, clip_gradients
 from memlayers.product_key import product_key_memories, value_tables
 from memlayers.train.model import build_model
 from memlayers.train.optimizers import (
-    clip_gradients,
     make_optimizers,
     parameter_groups,
     row_sparse_tables,
 )
-from memlayers.train.row_sparse_adamw import RowSparseAdamW
 from memlayers.train.run import train
 
 RATES = {"learning_rate": 0.3, "base_learning_rate": 0.2, "lora_learning_rate": 0.1, "weight_decay": 0.5}

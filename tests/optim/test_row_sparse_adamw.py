@@ -8,9 +8,8 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from memlayers.train import row_sparse_adamw
-from memlayers.train.optimizers import clip_gradients
-from memlayers.train.row_sparse_adamw import STATES, RowSparseAdamW, coalesce_rows, round_stochastically
+from memlayers.optim import clip_gradients, row_sparse_adamw
+from memlayers.optim.row_sparse_adamw import STATES, RowSparseAdamW, coalesce_rows, round_stochastically
 
 N, D = 12, 5
 OPTIONS = {"lr": 0.05, "betas": (0.8, 0.95), "eps": 1e-3}
