@@ -205,13 +205,16 @@ class SparseFinetuningSection(Strict):
         top_t: slots of each value table that may change in a step.
         files: background text, whose slots are kept: paths or globs.
         length: tokens of a background sequence.
-        n_batches: batches of `batch_size` such sequences that are read before training begins.
+        batch_size: sequences of a background batch; a batch must not read nearly all slots of the table, or there
+            is nothing to rank by.
+        n_batches: batches that are read before training begins.
     """
 
     top_t: int = Field(500, ge=1)
     files: list[str] = Field(min_length=1)
     length: int = Field(64, ge=2)
-    n_batches: int = Field(100, ge=1)
+    batch_size: int = Field(1, ge=1)
+    n_batches: int = Field(1000, ge=1)
 
 
 class ScheduleSection(Strict):

@@ -90,7 +90,8 @@ def background_frequency(model: nn.Module, config: TrainConfig, tokenizer, devic
     """
     section = config.sparse_finetuning
     text = TextData(files=section.files, length=section.length)
-    source = make_source(config.model_copy(update={"data": text}), tokenizer, None)
+    changes = {"data": text, "batch_size": section.batch_size}
+    source = make_source(config.model_copy(update=changes), tokenizer, None)
     training, frequency = model.training, {}
     model.eval()
     with track_usage(model) as usage:

@@ -94,6 +94,7 @@ def test_slots_of_the_background_stay(run, finetuning, base, tmp_path):
     fields = finetuning(first, 1000, max_steps=1)
     fields["sparse_finetuning"]["files"] = [str(tmp_path / "news.txt")]
     fields["sparse_finetuning"]["n_batches"] = 1
+    fields["sparse_finetuning"]["batch_size"] = 4
     second = train(checked(fields))
     before, after = (load_file(folder / "memory.safetensors")[VALUES] for folder in (first, second))
     free = train(checked({**fields, "sparse_finetuning": None, "output_dir": str(tmp_path / "free")}))
