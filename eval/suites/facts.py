@@ -91,23 +91,27 @@ class FactsSuite:
 
     @property
     def n_answers(self) -> int:
-        return len(self.items) * sum(len(self.wanted(stage)) for stage in ARMS_OF_STAGE)
+        return sum(len(self._places(arm)) for stage in ARMS_OF_STAGE for arm in self.wanted(stage))
 
     def ask(self, stage: str, asker: Asker) -> None:
         """Ask the arms that the model of `stage` can answer for."""
         for arm in self.wanted(stage):
             if arm == "memory_off":
                 with ml.disabled(asker.model):
-                    self.said[arm] = self._answers(asker)
+                    self.said[arm] = self._answers(asker, self._places(arm))
             else:
-                self.said[arm] = self._answers(asker)
+                self.said[arm] = self._answers(asker, self._places(arm))
 
-    def _answers(self, asker: Asker) -> list[str]:
-        """Answers in the order of the items, asked in the order of their lengths."""
-        order = sorted(range(len(self.items)), key=lambda place: len(self.items[place].question.ids))
+    def _places(self, arm: str) -> list[int]:
+        """The items an arm is asked for: all, or of a base that is no arm those that locality compares with."""
+        return [at for at, item in enumerate(self.items) if arm in self.arms or item.metric == "locality"]
+
+    def _answers(self, asker: Asker, places: list[int]) -> list[str]:
+        """Answers in the order of the items, asked in the order of their lengths; "" where nothing was asked."""
+        order = sorted(places, key=lambda place: len(self.items[place].question.ids))
         samples = [Sample(self.task.bos, [self.items[at].question], [0.0], at, 0) for at in order]
         longest = max(len(item.question.answer_ids) for item in self.items)
-        answers = [""] * len(order)
+        answers = [""] * len(self.items)
         for at, (text,) in zip(order, asker.in_one_call(samples, n_answer=longest)):
             answers[at] = said_object(text)
         return answers
@@ -127,7 +131,8 @@ class FactsSuite:
                 "answers": [self._target(place)],
                 "correct": said == self._target(place),
             }
-            for arm in self.said
+            for arm in self.arms
+            if arm in self.said
             for place, (item, said) in enumerate(zip(self.items, self.said[arm]))
             if item.metric != "locality" or ("base" in self.said and arm != "base")
         ]
