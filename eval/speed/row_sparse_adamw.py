@@ -18,22 +18,19 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import re
 import resource
 import subprocess
 import sys
 import time
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import nn
 
-import memlayers as ml
+from memlayers.eval.speed.timing import percentiles, where
 from memlayers.files import write_text
 from memlayers.kernels.weighted_gather import weighted_gather
 from memlayers.optim import clip_gradients
@@ -83,10 +80,6 @@ def summarize(times: dict[str, np.ndarray]) -> dict:
         "yardstick": yardstick,
         "ratio": {name: percentiles(times[name] / times[yardstick]) for name in SPARSE},
     }
-
-
-def percentiles(values: np.ndarray) -> dict[str, float]:
-    return {f"p{p}": float(np.percentile(values, p)) for p in (20, 50, 80)}
 
 
 def train_a_table(
@@ -153,7 +146,6 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="where to write the JSON as well")
     options = parser.parse_args()
 
-    load = os.getloadavg()[0]
     memory = {
         state: train_in_own_process(state, options.rows, options.memory_dim, options.memory_steps)
         for state in (*STATES, "dense")
@@ -167,14 +159,7 @@ def main() -> None:
             **summarize(times),
         },
         "memory": {"table": [options.rows, options.memory_dim], "steps": options.memory_steps, **memory},
-        "device": f"{platform.machine()} {platform.system()}, {os.cpu_count()} CPU cores",
-        "threads": torch.get_num_threads(),
-        "load_average": {"before": load, "after": os.getloadavg()[0]},
-        "versions": {
-            "python": platform.python_version(),
-            "torch": version("torch"),
-            "memlayers": ml.__version__,
-        },
+        **where("cpu"),
     }
     text = json.dumps(report, indent=2)
     print(text)

@@ -14,12 +14,9 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import os
-import platform
 import statistics
 import time
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 
 import psutil
@@ -27,6 +24,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 import memlayers as ml
+from memlayers.eval.speed.timing import where
 from memlayers.files import write_text
 from memlayers.model import decoder_of
 
@@ -158,7 +156,6 @@ def main() -> None:
     model, name = load_base(options.base)
     config = ml.MemoryTokensConfig(n_tokens=options.n_tokens, segment_length=options.segment_length)
     ml.attach(model.eval(), config)
-    load = os.getloadavg()[0]
     marks, state = measure(model, options.tokens)
     report = {
         "tokens": options.tokens,
@@ -166,14 +163,7 @@ def main() -> None:
         "memory": config.model_dump(),
         **summarize(marks),
         "state_bytes": state.nbytes,
-        "device": f"{platform.machine()} {platform.system()}, {os.cpu_count()} CPU cores",
-        "threads": torch.get_num_threads(),
-        "load_average": {"before": load, "after": os.getloadavg()[0]},
-        "versions": {
-            "python": platform.python_version(),
-            **{package: version(package) for package in ("torch", "transformers", "psutil")},
-            "memlayers": ml.__version__,
-        },
+        **where("cpu", "transformers", "psutil"),
     }
     text = json.dumps(report, indent=2)
     print(text)
