@@ -6,7 +6,7 @@ One call of `ml.write` reads the whole text. After each call that it makes to th
 resident memory, wall time and CPU time are noted. `resident_growth_mb` is the highest value after the first
 10,000 tokens less the one there. Every few calls a control is timed at the same moment: the same number of
 tokens written into a fresh memory. `over_control` is the stream's median time over the control's, at the start
-and at the end, each over a tenth of the text, so that what else runs on the machine drops out. Needs psutil (`pip install memlayers[bench]`).
+and at the end, each over a tenth of the text, so that what else runs on the machine drops out.
 """
 
 from __future__ import annotations
