@@ -22,8 +22,11 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def choose(family: str, device: torch.device, path: str | None = None) -> str:
+def choose(family: str, device: torch.device, path: str | None = None, closed: bool = False) -> str:
     """The path that `family` takes for tensors on `device`: "reference", "cpu" or "triton".
+
+    `closed`: the family's path "cpu" is a closed form in plain torch, which runs on any device and is what devices
+    without a path of their own take.
 
     ValueError, saying what is there, for an unknown name and for a path that cannot run here: "cpu" for
     tensors elsewhere, "triton" where triton is not installed, or for tensors that are not on a GPU unless
@@ -33,10 +36,10 @@ def choose(family: str, device: torch.device, path: str | None = None) -> str:
     if path is None:
         asked, path = VARIABLE, os.environ.get(VARIABLE) or None
     if path is None:
-        asked, path = f"device {device.type}", BY_DEVICE.get(device.type, "reference")
+        asked, path = f"device {device.type}", BY_DEVICE.get(device.type, "cpu" if closed else "reference")
     if path not in PATHS:
         raise ValueError(f"{family}: {asked} is {path!r}; the paths are {', '.join(PATHS)}")
-    if path == "cpu" and device.type != "cpu":
+    if path == "cpu" and device.type != "cpu" and not closed:
         raise ValueError(
             f"{family}: the path 'cpu' ({asked}) is for tensors on the CPU, these are on {device}"
         )
