@@ -49,6 +49,7 @@ def attach(
     name = config.type if name is None else name
     _check_name(model, name)
     memory = kind.for_model(config, model)
+    _check_reading(model, name, memory)
     if memory.segment_length is not None:
         _check_segments(model, name, memory)
     memory.to(model.get_input_embeddings().weight.device)
@@ -121,6 +122,24 @@ def _check_name(model: nn.Module, name: str) -> None:
         )
     if not name or name == PENDING or not name.replace("-", "_").isidentifier() or hasattr(Memories, name):
         raise ValueError(f"{name!r} cannot name a memory: use letters, digits, '_' and '-', not {PENDING!r}")
+
+
+def _check_reading(model: PreTrainedModel, name: str, memory: Memory) -> None:
+    """Memories of one model either all read in segments or all stream, in one sliding window."""
+    for other_name, other in memories(model).items():
+        both = [(name, memory), (other_name, other)]
+        streams = [n for n, m in both if m.streams]
+        segments = [n for n, m in both if m.segment_length is not None]
+        if streams and segments:
+            raise ConfigError(
+                f"{name}: memory {streams[0]!r} changes with every token, memory {segments[0]!r} reads in segments; "
+                "one model cannot do both. Give the first placement mac and the same segment_length"
+            )
+        if memory.streams and other.streams and memory.sliding_window != other.sliding_window:
+            raise ConfigError(
+                f"{name}.sliding_window: {memory.sliding_window} differs from {other.sliding_window} of memory "
+                f"{other_name!r}; attention of one model has one window"
+            )
 
 
 def _check_segments(model: PreTrainedModel, name: str, memory: Memory) -> None:

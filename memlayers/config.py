@@ -57,6 +57,21 @@ def layer_index(layer: int, n_layers: int, where: str) -> int:
 Model = TypeVar("Model")
 
 
+def chosen_layers(layers: list[int] | None, n_layers: int) -> list[int]:
+    """Layer numbers from 0; None gives up to three, evenly spaced and centred.
+
+    Raises:
+        ConfigError: a layer that the model does not have, or one named twice.
+    """
+    if layers is None:
+        count = min(3, n_layers)
+        return [(2 * i + 1) * n_layers // (2 * count) for i in range(count)]
+    chosen = [layer_index(layer, n_layers, f"layers.{i}") for i, layer in enumerate(layers)]
+    if len(set(chosen)) < len(chosen):
+        raise ConfigError(f"layers: {layers} names a layer twice")
+    return chosen
+
+
 def validate(model: type[Model] | Any, data: Any, where: str = "") -> Model:
     """Check `data` (plain dicts, lists and scalars) against a `Strict` class or a union of such classes.
 

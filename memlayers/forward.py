@@ -1,7 +1,7 @@
 """What covers a model's own methods once it has memory: state in, state out.
 
 Three methods are covered on the instance: `forward` of the model takes and returns a `MemoryState`, `forward`
-of its decoder reads in segments, and `prepare_inputs_for_generation` tells prompt from generated tokens. The
+of its decoder reads in segments or streams, and `prepare_inputs_for_generation` tells prompt from generated tokens. The
 state travels between the first two on the cache, the one argument that every architecture hands through.
 """
 
@@ -16,9 +16,9 @@ import torch
 from torch import nn
 from transformers.cache_utils import Cache
 
-from . import segments
+from . import segments, streaming
 from .memory import Memory
-from .model import decoder_layers, decoder_of, max_positions, segmented
+from .model import decoder_layers, decoder_of, max_positions, segmented, stateful
 from .state import PENDING, MemoryCache, MemoryState
 
 if TYPE_CHECKING:
@@ -89,7 +89,8 @@ def _model_forward(self, *args, memory_state=None, close_memory=False, write_mem
         memory_state: a `MemoryState` to continue from; default: the one on `past_key_values`, else a fresh one.
         close_memory: write the open segment at the end, so that the next call sees it only through memory.
         write_memory: False leaves full segments unwritten, as while decoding. Default: True, but for a single
-            token after a cache that has some.
+            token after a cache that has some. Memories that stream write every token, and with False give back
+            the state as it was.
 
     Returns:
         The model's output with `memory_state` and, where a cache is used, a `MemoryCache`.
@@ -98,7 +99,7 @@ def _model_forward(self, *args, memory_state=None, close_memory=False, write_mem
         ValueError: labels of another length than the input; a state of another batch size or memory, or where
             no memory keeps one.
     """
-    base, reading = _base(self, "forward"), segmented(self)
+    base, reading = _base(self, "forward"), stateful(self)
     arguments = _by_name(base, args, kwargs)
     if not reading:
         if memory_state is not None:
@@ -122,18 +123,22 @@ def _model_forward(self, *args, memory_state=None, close_memory=False, write_mem
             raise ValueError("memory_state= and past_key_values each carry a state; give one of them")
         cache.memory_state = memory_state
     check_state(reading, cache.memory_state, batch_size=inputs.shape[0])
-    decoding = inputs.shape[1] == 1 and cache.seen > 0 if write_memory is None else not write_memory
     use_cache = arguments.get("use_cache")
     use_cache = self.config.use_cache if use_cache is None else use_cache
     checkpointing = self.training and any(getattr(m, "gradient_checkpointing", False) for m in self.modules())
-    cache.request = segments.Request(
-        memories=reading,
-        layers=decoder_layers(decoder_of(self)),
-        write=not decoding or any(m.config.write_while_decoding for m in reading.values()),
-        close=close_memory,
-        keep_window=bool(use_cache) and not checkpointing,
-        max_positions=max_positions(self),
-    )
+    keep_window = bool(use_cache) and not checkpointing
+    if segmented(self):
+        decoding = inputs.shape[1] == 1 and cache.seen > 0 if write_memory is None else not write_memory
+        cache.request = segments.Request(
+            memories=reading,
+            layers=decoder_layers(decoder_of(self)),
+            write=not decoding or any(m.config.write_while_decoding for m in reading.values()),
+            close=close_memory,
+            keep_window=keep_window,
+            max_positions=max_positions(self),
+        )
+    else:
+        cache.request = streaming_request(self, write=write_memory is not False, keep_window=keep_window)
     arguments["past_key_values"] = cache
     as_tuple = arguments.pop("return_dict", None) is False
     output = base(**arguments, return_dict=True)
@@ -155,22 +160,41 @@ def _decoder_forward(
     if request is None:
         raise ValueError("a MemoryCache needs the model's own forward; the decoder alone cannot read it")
     embeds = self.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
-    mask = _new_mask(attention_mask, embeds)
-    _check_unpacked(kwargs.pop("position_ids", None), mask)
+    mask, position_ids = _new_mask(attention_mask, embeds), kwargs.pop("position_ids", None)
+    _check_unpacked(position_ids, mask)
     for counted_here in ("cache_position", "use_cache"):
         kwargs.pop(counted_here, None)
+    if isinstance(request, streaming.Request):
+        return streaming.read(
+            base, embeds, mask, past_key_values, request, attention_mask, position_ids, **kwargs
+        )
     return segments.read(base, embeds, mask, past_key_values, request, **kwargs)
+
+
+def streaming_request(model: nn.Module, write: bool, keep_window: bool) -> streaming.Request:
+    """What a call of `model` asks where its memories stream."""
+    decoder, memories = decoder_of(model), stateful(model)
+    return streaming.Request(
+        memories,
+        decoder.config.get_text_config(decoder=True),
+        write,
+        keep_window,
+        sliding_window=next(iter(memories.values())).sliding_window,
+        absolute_positions=not hasattr(decoder, "rotary_emb"),
+    )
 
 
 def _prepare_inputs(self, *args, is_first_iteration=False, memory_state=None, write_memory=None, **kwargs):
     """Tell the forward call whether it sees the prompt or what was generated."""
     base = _base(self, "prepare_inputs_for_generation")
     inputs = base(*args, is_first_iteration=is_first_iteration, **kwargs)
+    if not stateful(self):
+        return inputs
+    has_cache = inputs.get("past_key_values") is not None
+    if memory_state is not None and (is_first_iteration or not has_cache):
+        inputs["memory_state"] = memory_state
     if segmented(self):
         inputs["write_memory"] = is_first_iteration if write_memory is None else write_memory
-        has_cache = inputs.get("past_key_values") is not None
-        if memory_state is not None and (is_first_iteration or not has_cache):
-            inputs["memory_state"] = memory_state
         if not has_cache:
             inputs["write_memory"] = True
     return inputs
@@ -247,7 +271,8 @@ def check_state(reading: dict[str, Memory], state: MemoryState | None, batch_siz
             f"the memory state has {state.batch_size} rows, the input {batch_size}; state.select([...]) takes "
             "rows, and state.repeat_interleave(n) makes them fit num_beams=n or num_return_sequences=n"
         )
-    if not {*reading, PENDING} <= set(state.fields):
+    needed = {*reading, PENDING} if any(not m.streams for m in reading.values()) else set(reading)
+    if not needed <= set(state.fields):
         have = sorted(set(state.fields) - {PENDING})
         raise ValueError(f"the memory state belongs to memories {have}, this model reads {sorted(reading)}")
     for name, memory in reading.items():

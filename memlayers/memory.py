@@ -15,7 +15,8 @@ class Memory(nn.Module):
     """A memory that lives in a model under a name.
 
     A kind overrides what it needs: `new_state` when it remembers during inference, and either the segment
-    protocol (`segment_length` and what `memlayers.segments` calls) or hooks of its own in `install`.
+    protocol (`segment_length` and what `memlayers.segments` calls) or hooks of its own in `install`, which find
+    their state in the `memlayers.passes.Pass` of the call.
 
     Attributes:
         config: the frozen config it was built from.
@@ -24,6 +25,10 @@ class Memory(nn.Module):
 
     segment_length: int | None = None
     """Tokens per segment for kinds that read a long input in segments, None for the others."""
+    in_layers: bool = False
+    """Whether it sits inside the layers and finds its state in the `memlayers.passes.Pass` of a call."""
+    sliding_window: int | None = None
+    """Tokens that attention reaches in a model with such a memory; None: as many as in the base."""
     n_extra_tokens: int = 0
     """Tokens that such a kind adds to a segment."""
     write_layer: int = -1
@@ -33,6 +38,11 @@ class Memory(nn.Module):
         super().__init__()
         self.config = config
         self.enabled = True
+
+    @property
+    def streams(self) -> bool:
+        """Whether every token changes the state as it passes (`memlayers.streaming`), without segments."""
+        return self.in_layers and self.segment_length is None
 
     @classmethod
     def for_model(cls, config: MemoryConfig, model: nn.Module) -> Memory:

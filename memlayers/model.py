@@ -44,6 +44,16 @@ def segmented(model: nn.Module) -> dict[str, Memory]:
     return {n: m for n, m in memories(model).items() if m.enabled and m.segment_length is not None}
 
 
+def streaming(model: nn.Module) -> dict[str, Memory]:
+    """The enabled memories that every token changes, by name."""
+    return {n: m for n, m in memories(model).items() if m.enabled and m.streams}
+
+
+def stateful(model: nn.Module) -> dict[str, Memory]:
+    """The enabled memories that keep a state, by name. They all read in segments, or all stream."""
+    return {**segmented(model), **streaming(model)}
+
+
 def memory_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """Names (as in the model's state dict) and parameters of all memories."""
     for name, parameter in bare(model).named_parameters():
@@ -57,10 +67,12 @@ def base_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 
 
 def window(model: PreTrainedModel) -> int:
-    """Text tokens that attention can reach: the segment length, or the positions of a plain model."""
-    reading = segmented(model)
-    if reading:
-        return next(iter(reading.values())).segment_length
+    """Text tokens that attention can reach: the segment length, the sliding window that a memory asks for, or the
+    positions of a plain model."""
+    for memory in stateful(model).values():
+        reach = memory.segment_length or memory.sliding_window
+        if reach is not None:
+            return reach
     return max_positions(model) or 0
 
 

@@ -21,6 +21,7 @@ from transformers.cache_utils import DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
 from .memory import Fields, Memory
+from .passes import Pass
 from .state import PENDING, MemoryCache, MemoryState
 
 
@@ -97,6 +98,11 @@ def _continue_window(forward, embeds, mask, cache: MemoryCache, request: Request
     cache.window_mask = torch.cat([cache.window_mask, mask], dim=1)
     _check_positions(cache.window_mask.shape[1], request)
     positions = _positions(cache.window_mask)[:, -embeds.shape[1] :]
+    inside = _in_layers(request.memories)
+    if inside:
+        kwargs["memory_pass"] = Pass(
+            inside, cache.memory_state.fields, mask, writes=False, window=cache.window
+        )
     output = forward(
         inputs_embeds=embeds,
         attention_mask=_or_none(cache.window_mask),
@@ -150,7 +156,8 @@ def _one_segment(forward, segment, segment_mask, fields, request: Request, write
         hidden states of the segment (the last ones, then those of all layers if asked for), the memories'
         new fields, and the mask of the sequence as it ran.
     """
-    memories, dtype = request.memories, segment.dtype
+    inside, dtype = _in_layers(request.memories), segment.dtype
+    memories = {name: memory for name, memory in request.memories.items() if name not in inside}
     reads = [memory.read(fields[name]) for name, memory in memories.items()]
     writers = [memory.write_inputs(fields[name]) for name, memory in memories.items()] if writes else []
     sequence = torch.cat(
@@ -167,6 +174,9 @@ def _one_segment(forward, segment, segment_mask, fields, request: Request, write
         order = mask.int().argsort(dim=1, stable=True)
         inverse = order.argsort(dim=1)
         sequence, mask = _take(sequence, order), mask.gather(1, order)
+    run = Pass(inside, fields, mask, writes, window)
+    if inside:
+        kwargs["memory_pass"] = run
     with _outputs_of(request.layers, {memory.write_layer for memory in memories.values()}) as written_by:
         output = forward(
             inputs_embeds=sequence,
@@ -183,12 +193,17 @@ def _one_segment(forward, segment, segment_mask, fields, request: Request, write
 
     start = sum(tokens.shape[1] for tokens, _ in reads)
     stop = start + segment.shape[1]
-    active, new_fields = segment_mask.any(1), dict(fields)
+    active, new_fields = segment_mask.any(1), {**fields, **run.after}
     for (name, memory), writer in zip(memories.items(), writers, strict=False):
         written = written_by[memory.write_layer][:, stop : stop + writer.shape[1]]
         new_fields[name] = memory.update(fields[name], written, active)
         stop += writer.shape[1]
     return tuple(hidden[:, start : start + segment.shape[1]] for hidden in shown), new_fields, mask
+
+
+def _in_layers(memories: Mapping[str, Memory]) -> dict[str, Memory]:
+    """Those that sit inside the layers; the others are tokens before and after a segment."""
+    return {name: memory for name, memory in memories.items() if memory.in_layers}
 
 
 @contextlib.contextmanager

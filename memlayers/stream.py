@@ -1,4 +1,4 @@
-"""`write`: read a text of any length into memory, segment by segment, at constant memory."""
+"""`write`: read a text of any length into memory, piece by piece, at constant memory."""
 
 from __future__ import annotations
 
@@ -8,14 +8,15 @@ import torch
 from tqdm.auto import tqdm
 
 from . import segments
-from .forward import check_state
-from .model import decoder_layers, decoder_of, max_positions, memories, segmented
+from .forward import check_state, streaming_request
+from .model import decoder_layers, decoder_of, max_positions, memories, segmented, stateful
 from .state import PENDING, MemoryCache, MemoryState
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 SEGMENTS_PER_CALL = 16
+TOKENS_PER_CALL = 1024
 
 
 @torch.no_grad()
@@ -36,16 +37,17 @@ def write(
         state: continue from here; default: a fresh state.
         attention_mask: (batch, tokens), 0 at padding.
         close: write the last, open segment too. With False its tokens stay in the state as they are, and the
-            next call continues them.
+            next call continues them. Memories that stream leave nothing open.
         progress: show a progress bar.
 
     Returns:
         The new state; `state` is unchanged.
 
     Raises:
-        ValueError: no memory to write to, no token to write, or a state of other rows or another memory.
+        ValueError: no memory to write to, no token to write, a state of other rows or another memory; or, where
+            memories stream without a sliding window, more tokens than the model has positions.
     """
-    reading = segmented(model)
+    reading = stateful(model)
     if not reading:
         raise ValueError(
             f"nothing to write to: this model's memories are {sorted(memories(model)) or 'none'}"
@@ -60,7 +62,14 @@ def write(
         )
     check_state(reading, state, input_ids.shape[0])
 
+    if segmented(model):
+        return _write_segments(model, input_ids, attention_mask, state, close, progress)
+    return _write_stream(model, input_ids, attention_mask, state, progress)
+
+
+def _write_segments(model, input_ids, attention_mask, state, close: bool, progress: bool) -> MemoryState:
     decoder, device = decoder_of(model), model.get_input_embeddings().weight.device
+    reading = segmented(model)
     cache, stream = MemoryCache(state), _Stream(input_ids, attention_mask, state)
     step = SEGMENTS_PER_CALL * next(iter(reading.values())).segment_length
     bar = tqdm(total=stream.width, unit="token", desc="write", disable=not progress)
@@ -79,6 +88,33 @@ def write(
         )
         bar.update(stop - start)
         start = stop
+    bar.close()
+    return cache.memory_state
+
+
+def _write_stream(model, input_ids, attention_mask, state, progress: bool) -> MemoryState:
+    decoder, device = decoder_of(model), model.get_input_embeddings().weight.device
+    request = streaming_request(model, write=True, keep_window=True)
+    n_tokens, limit = input_ids.shape[1], max_positions(model)
+    if request.sliding_window is None and limit is not None and n_tokens > limit:
+        raise ValueError(
+            f"{n_tokens:,} tokens are more than the {limit:,} positions that attention reaches in this model; give the "
+            "memory a sliding_window or a segment_length, or write pieces: state = ml.write(model, piece, state)"
+        )
+    mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    cache = MemoryCache(state)
+    bar = tqdm(total=n_tokens, unit="token", desc="write", disable=not progress)
+    for start in range(0, n_tokens, TOKENS_PER_CALL):
+        stop = min(start + TOKENS_PER_CALL, n_tokens)
+        cache.request = request
+        decoder(
+            input_ids=input_ids[:, start:stop].to(device),
+            attention_mask=mask[:, :stop].to(device),
+            position_ids=positions[:, start:stop].to(device),
+            past_key_values=cache,
+        )
+        bar.update(stop - start)
     bar.close()
     return cache.memory_state
 

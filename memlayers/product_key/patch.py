@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from ..config import ConfigError, layer_index
+from ..config import ConfigError, chosen_layers
 from ..memory import Memory
 from ..model import decoder_layers, decoder_of, memories
 from .config import ProductKeyMemoryConfig
@@ -98,21 +98,6 @@ class _Replacement:
         del self.mlp.__dict__["forward"]
         if self.below is not None:
             self.mlp.__dict__["forward"] = self.below
-
-
-def chosen_layers(layers: list[int] | None, n_layers: int) -> list[int]:
-    """Layer numbers from 0; None gives up to three, evenly spaced and centred.
-
-    Raises:
-        ConfigError: a layer that the model does not have, or one named twice.
-    """
-    if layers is None:
-        count = min(3, n_layers)
-        return [(2 * i + 1) * n_layers // (2 * count) for i in range(count)]
-    chosen = [layer_index(layer, n_layers, f"layers.{i}") for i, layer in enumerate(layers)]
-    if len(set(chosen)) < len(chosen):
-        raise ConfigError(f"layers: {layers} names a layer twice")
-    return chosen
 
 
 def mlp_of(model: nn.Module, layer: int) -> nn.Module:

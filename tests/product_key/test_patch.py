@@ -6,7 +6,8 @@ from matrix import ARCHITECTURES, TEXT, architectures, llama, tokens
 from safetensors.torch import load_file
 
 import memlayers as ml
-from memlayers.product_key import patch, sparse_gradients, value_tables
+from memlayers.config import chosen_layers
+from memlayers.product_key import sparse_gradients, value_tables
 
 SMALL = {"n_keys": 8, "heads": 2, "top_k": 4, "key_dim": 8}
 
@@ -25,9 +26,9 @@ def with_memory(model=None, name="facts", **fields):
 
 
 def test_layers_by_default_are_evenly_spaced_and_centred():
-    assert patch.chosen_layers(None, 24) == [4, 12, 20]
-    assert patch.chosen_layers(None, 2) == [0, 1]
-    assert patch.chosen_layers([-1, 0], 5) == [4, 0]
+    assert chosen_layers(None, 24) == [4, 12, 20]
+    assert chosen_layers(None, 2) == [0, 1]
+    assert chosen_layers([-1, 0], 5) == [4, 0]
 
 
 def test_layers_that_do_not_fit():

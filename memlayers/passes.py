@@ -1,0 +1,40 @@
+"""`Pass`: what one pass of the decoder carries for memories that sit inside its layers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from transformers.cache_utils import Cache
+
+from .memory import Fields, Memory
+
+
+@dataclass
+class Pass:
+    """State in and state out of memories inside the layers, handed to the decoder as the keyword `memory_pass`.
+
+    Layers hand their keywords on, so that the pass is there again when gradient checkpointing runs a layer twice.
+
+    Attributes:
+        memories: the memories that take part, by name.
+        before: their fields before the pass.
+        mask: (batch, tokens) bool, False at padding.
+        writes: whether what is read is written too, for memories that read in segments.
+        window: where keys and values of the open window are kept, or None.
+        after: their fields after it; filled while it runs.
+        reads: what a layer has read before it runs, by memory and layer.
+    """
+
+    memories: Mapping[str, Memory]
+    before: Mapping[str, Fields]
+    mask: torch.Tensor
+    writes: bool = True
+    window: Cache | None = None
+    after: dict[str, Fields] = field(default_factory=dict)
+    reads: dict[tuple[str, str], torch.Tensor] = field(default_factory=dict)
+
+    def name_of(self, memory: Memory) -> str | None:
+        """The name under which `memory` takes part, or None."""
+        return next((name for name, other in self.memories.items() if other is memory), None)
