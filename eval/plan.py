@@ -9,7 +9,7 @@ import memlayers as ml
 from memlayers.eval.config import EvalConfig
 from memlayers.eval.regimes import Asker, Predictions
 from memlayers.eval.suites import Items
-from memlayers.model import max_positions, segmented
+from memlayers.model import max_positions, stateful, windowed
 
 STATE_CONTROLS = ("shuffled_memory", "zeroed_memory")
 
@@ -62,7 +62,8 @@ class Plan:
         missing: dict[str, str],
     ) -> None:
         self.config, self.window, self.missing = config, window, missing
-        self.positions, self.streams = max_positions(trained), bool(segmented(trained))
+        self.positions, self.remembers = max_positions(trained), bool(stateful(trained))
+        self.windowed = windowed(trained)
         self.reach = ml.window(trained)
         self.jobs: list[Job] = []
         self.skipped: list[Skipped] = []
@@ -123,12 +124,14 @@ class Plan:
     def _reason(self, regime: str, items: Items) -> str | None:
         """Why the measured model cannot be asked in `regime` at this length; None if it can."""
         if regime == "F":
-            if self.streams and items.length > self.reach:
+            if self.windowed and items.length > self.reach:
                 return f"{items.length} tokens do not fit in attention, which reaches {self.reach} tokens with memory"
             return self._too_long(items.length)
-        if not self.streams:
-            return f"regime {regime} needs a memory that reads in segments, and this model has none"
-        return None
+        if not self.remembers:
+            return f"regime {regime} needs a memory that keeps a state, and this model has none"
+        if not self.windowed and regime == "W":
+            return "regime W needs a memory with segment_length or sliding_window; here attention reaches the whole text"
+        return None if self.windowed else self._too_long(items.length)
 
     def _too_long(self, length: int) -> str | None:
         if self.positions is not None and length > self.positions:

@@ -54,6 +54,11 @@ def stateful(model: nn.Module) -> dict[str, Memory]:
     return {**segmented(model), **streaming(model)}
 
 
+def windowed(model: nn.Module) -> bool:
+    """Whether a memory keeps attention within a window of its own."""
+    return any(m.segment_length is not None or m.sliding_window is not None for m in stateful(model).values())
+
+
 def memory_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """Names (as in the model's state dict) and parameters of all memories."""
     for name, parameter in bare(model).named_parameters():

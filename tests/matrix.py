@@ -43,7 +43,8 @@ class Kind:
         configs: memories by name.
         additive: adds to the hidden states, zero at attach: logits are bit-equal to the base's.
         stateful: keeps a `MemoryState`.
-        segmented: reads a long input in segments; the window ends at a segment's end.
+        segmented: reads a long input in segments; the window ends at a segment's end. Stateful kinds that do not
+            stream: every token changes the state, and attention reaches as far as keys and values go.
         accumulates: the state grows with the text.
         decoding_writes: `write_while_decoding` is on.
         chooses: reads what scores best, a step where rounding may tip the scale.
@@ -59,6 +60,11 @@ class Kind:
     decoding_writes: bool = False
     replaces: bool = False
     chooses: bool = False
+
+    @property
+    def streams(self) -> bool:
+        """Keeps a state that every token changes; keys and values stay beside it."""
+        return self.stateful and not self.segmented
 
     def with_fields(self, **fields) -> Kind:
         """The same memories with some fields of their configs changed."""
@@ -248,6 +254,24 @@ KINDS += [
     _product_key("product_key_gate", gate="learned", score="sigmoid", share_values=False, heads=3),
     _product_key("product_key_plain", gate="none", value_proj=False, value_init="zero", qk_norm=False),
     _product_key("product_key_replace", placement="replace", score="relu", key_init="normal"),
+]
+
+
+def _neural(name: str, additive: bool = False, **fields) -> Kind:
+    """Small memories in both layers; what is not `mac` streams: every token is written, decoding too."""
+    small = {"layers": [0, 1], "heads": 2, "chunk_size": 4, "conv_kernel": 3}
+    config = ml.NeuralMemoryConfig(**{**small, **fields})
+    segmented = config.placement == "mac"
+    return Kind(
+        name, {"past": config}, additive=additive, segmented=segmented, decoding_writes=not segmented
+    )
+
+
+KINDS += [
+    _neural("neural_mag", additive=True),
+    _neural("neural_mal", additive=True, depth=2, expansion=2, n_persistent_tokens=3),
+    _neural("neural_mac", placement="mac", segment_length=SEGMENT, n_persistent_tokens=2),
+    _neural("neural_window", rule="delta", sliding_window=4),
 ]
 
 

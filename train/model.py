@@ -16,6 +16,7 @@ from transformers import (
 import memlayers as ml
 from memlayers.checkpoint import CONFIG
 from memlayers.config import ConfigError
+from memlayers.model import stateful, windowed
 
 from .config import ModelSection, TrainConfig
 from .optimizers import choose_parameters
@@ -51,9 +52,8 @@ def build_model(config: TrainConfig) -> tuple[PreTrainedModel, PreTrainedTokeniz
 
 
 def segment_length(model: PreTrainedModel) -> int | None:
-    """Tokens a segment of the wrapped model has; None where no memory reads in segments."""
-    lengths = [m.segment_length for m in ml.memories(model).values() if m.segment_length is not None]
-    return lengths[0] if lengths else None
+    """Tokens a segment of the wrapped model has, or its sliding window; None where no memory gives it either."""
+    return ml.window(model) if windowed(model) else None
 
 
 def save_model(
@@ -146,10 +146,11 @@ def _is_linear(module: torch.nn.Module) -> bool:
 
 def check_regime(model: PreTrainedModel, regime: str) -> None:
     """Raise ConfigError where a regime of the data and the model do not go together."""
-    reads = segment_length(model) is not None
-    if regime == "D" and not reads:
+    if regime == "D" and not stateful(model):
         raise ConfigError(
             "data.regime: D asks with memory alone, but this model has no memory that reads; use F"
         )
-    if regime == "F" and reads:
-        raise ConfigError("data.regime: F is full attention, but this model reads in segments; use W or D")
+    if regime == "F" and windowed(model):
+        raise ConfigError(
+            "data.regime: F is full attention, but a memory cuts attention to a window; use W or D"
+        )

@@ -5,7 +5,8 @@
 
 `length` counts context, question and answer, as in RULER. Training and evaluation share nothing: other random
 streams (`rng_for`), other keys (`kinds.split_of`), and other parts of a prose file (`filler.ProseFiller`). The
-exception are the facts (`facts.FactsTask`), which have no context: what was taught is what is asked.
+exceptions are the facts (`facts.FactsTask`), which have no context: what was taught is what is asked; and
+associative recall (`mqar.MqarTask`), whose keys have another value in every row.
 """
 
 from __future__ import annotations
@@ -17,21 +18,25 @@ from pydantic import Field
 from memlayers.tasks.facts import Fact, FactsConfig, FactsTask
 from memlayers.tasks.haystack import Question, Sample, rng_for
 from memlayers.tasks.kinds import Split
+from memlayers.tasks.mqar import MqarConfig, MqarTask
 from memlayers.tasks.needle import NeedleConfig, NeedleTask
 from memlayers.tasks.passkey import PasskeyConfig, PasskeyTask
 
-TASKS = {"passkey": PasskeyTask, "needle": NeedleTask}
+TASKS = {"passkey": PasskeyTask, "needle": NeedleTask, "mqar": MqarTask}
 
-TaskConfig = Annotated[PasskeyConfig | NeedleConfig, Field(discriminator="type")]
+HaystackConfig = Annotated[PasskeyConfig | NeedleConfig, Field(discriminator="type")]
+"""Tasks of text, whose answers are read from what a model generates."""
 
-Task = PasskeyTask | NeedleTask
+TaskConfig = Annotated[PasskeyConfig | NeedleConfig | MqarConfig, Field(discriminator="type")]
+
+Task = PasskeyTask | NeedleTask | MqarTask
 
 
-def make_task(config: PasskeyConfig | NeedleConfig, tokenizer, split: Split = "train") -> Task:
+def make_task(config: PasskeyConfig | NeedleConfig | MqarConfig, tokenizer, split: Split = "train") -> Task:
     """The generator for `config` and `tokenizer`.
 
-    Raises `ValueError` when the tokenizer cannot spell the needles, `FileNotFoundError` for a missing prose
-    file.
+    Raises `ValueError` when the tokenizer cannot spell the needles or has too few tokens, `FileNotFoundError` for a
+    missing prose file.
     """
     return TASKS[config.type](config, tokenizer, split)
 
@@ -41,6 +46,9 @@ __all__ = [
     "Fact",
     "FactsConfig",
     "FactsTask",
+    "HaystackConfig",
+    "MqarConfig",
+    "MqarTask",
     "NeedleConfig",
     "NeedleTask",
     "PasskeyConfig",

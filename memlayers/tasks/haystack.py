@@ -14,13 +14,15 @@ class Question:
 
     ids: tokens of the question, without BOS. answer_ids: tokens that should follow, with the stop that ends
     them. answers: the strings looked for (one for a passkey, several for multi-value and multi-query
-    needles). kind: number, word or uuid.
+    needles). kind: number, word or uuid. answer_at: places in `ids` of answers that stand between other tokens, each a
+    single one (kind token); then `answer_ids` and `answers` are empty.
     """
 
     ids: list[int]
     answer_ids: list[int]
     answers: tuple[str, ...]
     kind: str
+    answer_at: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

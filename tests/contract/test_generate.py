@@ -44,7 +44,7 @@ def test_greedy(case):
     near(logits, recompute(model, ids, answer, writes=case.kind.decoding_writes))
     assert torch.equal(answer, logits.argmax(-1))
     cache = output.past_key_values
-    assert isinstance(cache, ml.MemoryCache) == case.kind.segmented
+    assert isinstance(cache, ml.MemoryCache) == case.kind.stateful
     assert cache.get_seq_length() == PROMPT + NEW - 1
 
 
@@ -135,7 +135,7 @@ def test_two_calls_split_at_every_offset(case):
     for offset in range(1, ids.shape[1]):
         first = model(ids[:, :offset], use_cache=True)
         given = [{"past_key_values": first.past_key_values}]
-        given += [{"memory_state": first.memory_state}] if case.kind.stateful and offset % 4 == 0 else []
+        given += [{"memory_state": first.memory_state}] if case.kind.segmented and offset % 4 == 0 else []
         for state in given[::-1]:
             second = model(ids[:, offset:], write_memory=True, **state)
             near(torch.cat([first.logits, second.logits], 1), whole.logits)
@@ -214,6 +214,9 @@ def test_a_second_turn_on_the_same_cache(case):
     state = cache.memory_state.clone()
     text = torch.cat([output.sequences, turn], 1)
     second, logits, _ = generate(model, text, past_key_values=cache)
+    if case.kind.streams:  # attention still has the first turn
+        near(logits, recompute(model, text, second, writes=True))
+        return
     unread = torch.cat([answer[:, -1:], turn], 1)  # the last token of an answer is never fed back
     near(logits, recompute(model, unread, second, state, writes=case.kind.decoding_writes))
 

@@ -1,0 +1,109 @@
+"""Memory as context: attention over the tokens and what memory holds for each of them (Titans section 4.1).
+
+Before every token stands what memory holds for it, at the same position, so that a causal mask keeps the future
+out; before all stand the persistent tokens, at position 0. Only the tokens' own outputs are used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from transformers.cache_utils import Cache
+
+from ..streaming import as_attention_takes_it
+
+CACHE_NAMES = ("past_key_values", "layer_past")
+"""What architectures call the cache among the arguments of attention."""
+
+
+def in_context(
+    attention: Callable,
+    args: tuple,
+    kwargs: dict,
+    read: torch.Tensor,
+    persistent: torch.Tensor,
+    window: Cache | None,
+    place: int,
+    config,
+) -> torch.Tensor:
+    """What attention gives out for the tokens when memory stands in its context, (batch, tokens, hidden_size).
+
+    Args:
+        attention: the attention's own forward.
+        args, kwargs: of the call without memory.
+        read: (batch, tokens, hidden_size), one memory token a token.
+        persistent: (n_persistent_tokens, hidden_size).
+        window: cache of the open window, None where none is kept.
+        place: number of the cache's layer that is ours.
+        config: of the model, for the implementation of attention.
+
+    Raises:
+        ValueError: an implementation of attention that takes no mask of ours.
+    """
+    hidden = args[0] if args else kwargs["hidden_states"]
+    before = _kept(window, place)
+    n_tokens, n_persistent = hidden.shape[1], len(persistent)
+    previous = (before - n_persistent) // 2 if before else 0
+    new = 0 if before else n_persistent
+    sequence = torch.stack([read, hidden], dim=2).flatten(1, 2)
+    lead = persistent[:new].to(hidden.dtype).expand(len(hidden), -1, -1)
+    mask = kwargs.get("attention_mask")
+    if mask is None:
+        allowed = torch.ones(n_tokens, previous + n_tokens, dtype=torch.bool, device=hidden.device)
+        mask = as_attention_takes_it(allowed.tril(previous)[None, None], config, hidden)
+    changed = {"attention_mask": _doubled(mask, n_persistent, new, config)}
+    if kwargs.get("position_embeddings") is not None:
+        cos, sin = kwargs["position_embeddings"]
+        start = cos[:, :1].expand(-1, new, -1)
+        changed["position_embeddings"] = (
+            torch.cat([torch.ones_like(start), cos.repeat_interleave(2, dim=1)], dim=1),
+            torch.cat([torch.zeros_like(start), sin.repeat_interleave(2, dim=1)], dim=1),
+        )
+    if kwargs.get("position_ids") is not None:
+        ids = kwargs["position_ids"].repeat_interleave(2, dim=1)
+        changed["position_ids"] = torch.cat([ids.new_zeros(len(ids), new), ids], dim=1)
+    for name in CACHE_NAMES:
+        if kwargs.get(name) is not None:
+            changed[name] = _Place(window, place)
+    sequence = torch.cat([lead, sequence], dim=1)
+    if args:
+        output = attention(sequence, *args[1:], **{**kwargs, **changed})
+    else:
+        output = attention(**{**kwargs, **changed, "hidden_states": sequence})
+    return output[0][:, new + 1 :: 2]
+
+
+def _kept(window: Cache | None, place: int) -> int:
+    """Keys that the open window already has in this place."""
+    if window is None or len(window.layers) <= place:
+        return 0
+    return window.layers[place].get_seq_length()
+
+
+def _doubled(mask: torch.Tensor, n_persistent: int, new: int, config) -> torch.Tensor:
+    """The mask of the tokens, (batch, 1, queries, keys), for the tokens with memory before each.
+
+    A memory token is seen where its token is; the `n_persistent` keys before all are seen by all. The last `new`
+    of them are queries too, whose outputs nobody uses.
+    """
+    if mask.dim() != 4:
+        raise ValueError(
+            f"placement: mac needs a mask of four dimensions, attention {config._attn_implementation!r} has one of "
+            f"{mask.dim()}; load the model with attn_implementation='sdpa' or 'eager'"
+        )
+    doubled = mask.repeat_interleave(2, dim=-1).repeat_interleave(2, dim=-2)
+    seen = torch.full_like(doubled[..., :1], True if mask.dtype == torch.bool else 0.0)
+    doubled = torch.cat([seen.expand(*doubled.shape[:-1], n_persistent), doubled], dim=-1)
+    return torch.cat([doubled[..., :1, :].expand(-1, -1, new, -1), doubled], dim=-2)
+
+
+class _Place:
+    """One layer of a cache under any layer number: attention keeps its keys and values there."""
+
+    def __init__(self, window: Cache, place: int):
+        self.window, self.place = window, place
+
+    def update(self, keys: torch.Tensor, values: torch.Tensor, layer_idx: int, *args, **kwargs):
+        """As `Cache.update`, in our place."""
+        return self.window.update(keys, values, self.place, *args, **kwargs)
