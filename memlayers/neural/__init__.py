@@ -1,6 +1,7 @@
 """Neural memory (Titans, 2501.00663; TTT, 2407.04620): weights that learn from the text while it is read."""
 
 from .config import NeuralMemoryConfig
+from .module import NeuralMemory
 from .rules import RULES
 
-__all__ = ["RULES", "NeuralMemoryConfig"]
+__all__ = ["RULES", "NeuralMemory", "NeuralMemoryConfig"]
