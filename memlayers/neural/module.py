@@ -8,10 +8,11 @@ from torch.nn import functional as F
 
 from memlayers.kernels.chunk_memory import chunk_memory
 
+from ..memory import Fields
 from .config import NeuralMemoryConfig
 from .conv import CausalConv
 from .packing import Packing, plan
-from .state import Fields, as_chunk_state, as_fields, check_fields, empty_state, layer_shapes
+from .state import as_chunk_state, as_fields, check_fields, empty_state, layer_shapes
 
 EPS = 1e-6
 

@@ -6,10 +6,9 @@ import torch
 
 from memlayers.kernels.chunk_memory import ChunkState
 
+from ..memory import Fields
 from .config import NeuralMemoryConfig
 from .rules import RULES
-
-Fields = dict[str, torch.Tensor]
 
 
 def layer_shapes(config: NeuralMemoryConfig, head_dim: int) -> list[tuple[int, int]]:

@@ -1,0 +1,419 @@
+"""`NeuralMemory` on its own: tokens written once wherever calls and pads fall, its state, its start, its errors."""
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+from memlayers.config import ConfigError
+from memlayers.neural import RULES, NeuralMemory, NeuralMemoryConfig
+
+HIDDEN, CHUNK = 8, 4
+CASES = [
+    {"rule": "titans"},
+    {"rule": "titans", "depth": 2, "expansion": 2},
+    {"rule": "titans", "momentum": False},
+    {"rule": "titans", "decay": False, "conv_kernel": 1, "n_persistent_tokens": 3},
+    {"rule": "ttt", "initial_memory": "zero"},
+    {"rule": "ttt", "depth": 2, "initial_memory": "zero"},
+    {"rule": "delta", "heads": 1, "head_dim": 6},
+    {"rule": "atlas", "window": 3},
+    {"rule": "atlas", "depth": 2, "expansion": 1, "window": 6},
+    {"rule": "decay", "gate": False},
+]
+
+
+def memory(dtype=torch.float64, seed=0, **fields):
+    """A memory none of whose parameters is at a neutral value."""
+    torch.manual_seed(seed)
+    config = NeuralMemoryConfig(**{"heads": 2, "chunk_size": CHUNK, **fields})
+    module = NeuralMemory(config, HIDDEN).to(dtype)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    return module
+
+
+def tokens(*shape, dtype=torch.float64, seed=1):
+    return torch.randn(*shape, HIDDEN, dtype=dtype, generator=torch.Generator().manual_seed(seed))
+
+
+def assert_same(a, b, **tolerance):
+    """Two outputs, or two states field by field."""
+    if isinstance(a, dict):
+        assert set(a) == set(b)
+        for name in a:
+            assert_same(a[name], b[name], msg=lambda text, n=name: f"{n}: {text}")
+    else:
+        torch.testing.assert_close(a, b, **{"rtol": 1e-10, "atol": 1e-11, **tolerance})
+
+
+def rows(state, index):
+    return {name: field[index] for name, field in state.items()}
+
+
+def cat(*states):
+    return {name: torch.cat([state[name] for state in states]) for name in states[0]}
+
+
+@pytest.mark.parametrize("fields", CASES, ids=str)
+def test_calls_may_be_split_anywhere(fields):
+    module, x = memory(**fields), tokens(2, 11)
+    whole, end = module(x)
+    assert whole.shape == x.shape and whole.any()
+    for parts in [[1] * 11, *([n, 11 - n] for n in range(1, 11))]:
+        state, outputs = None, []
+        for part in x.split(parts, dim=1):
+            y, state = module(part, state)
+            outputs.append(y)
+        assert_same(torch.cat(outputs, 1), whole)
+        assert_same(state, end)
+    assert end["position"].tolist() == [(11 + module.config.n_persistent_tokens) % CHUNK] * 2
+
+
+def test_gradients_go_through_the_state_of_a_split():
+    module, x = memory(), tokens(1, 9).requires_grad_()
+    inputs = [x, *module.parameters()]
+    whole = torch.autograd.grad(module(x)[0].square().sum(), inputs)
+    first, state = module(x[:, :6])
+    second, _ = module(x[:, 6:], state)
+    for a, b in zip(torch.autograd.grad((torch.cat([first, second], 1).square().sum()), inputs), whole):
+        assert_same(a, b)
+
+
+MASKS = {
+    "left": [[0, 0, 0, 1, 1, 1, 1, 1, 1, 1], [1] * 10, [0] * 9 + [1]],
+    "right": [[1, 1, 1, 1, 1, 0, 0, 0, 0, 0], [1] * 10, [1] * 4 + [0] * 6],
+    "scattered": [
+        [1, 0, 1, 1, 0, 0, 1, 0, 1, 1],
+        [0, 1, 1, 1, 0, 1, 1, 1, 1, 1],
+        [0, 1, 0, 1, 0, 1, 0, 1, 0, 1],
+    ],
+    "all pads": [[0] * 10, [1, 1, 0] + [1] * 7, [0] * 10],
+    "none": [[1] * 10] * 3,
+    "inside one chunk": [[0] * 9 + [1], [0] * 6 + [1] + [0] * 3, [0] * 8 + [1] * 2],
+}
+
+
+@pytest.mark.parametrize("kind", MASKS)
+@pytest.mark.parametrize("fields", CASES, ids=str)
+def test_pads_change_nothing_wherever_rows_stand(fields, kind):
+    """Fresh rows, and rows that go on from 0, 3 and 6 earlier tokens, so from three places of a chunk."""
+    module, x, mask = memory(**fields), tokens(3, 10), torch.tensor(MASKS[kind], dtype=torch.bool)
+    pads = torch.where(mask[..., None], x, torch.nan)
+    earlier = [module.new_state(1), module(tokens(1, 3, seed=2))[1], module(tokens(1, 6, seed=3))[1]]
+    for state in (module.new_state(3), cat(*earlier)):
+        y, end = module(pads, state, mask)
+        assert not y[~mask].any()
+        for row, real in enumerate(mask):
+            one = slice(row, row + 1)
+            if not real.any():
+                assert all(torch.equal(end[name][row], state[name][row]) for name in state)
+                continue
+            alone, alone_end = module(x[one, real], rows(state, one))
+            assert_same(y[one, real], alone)
+            assert_same(rows(end, one), alone_end)
+
+
+def test_rows_at_different_places_decode_one_column_at_a_time(monkeypatch):
+    from memlayers.neural import module as source
+
+    widths = []
+    run = source.chunk_memory
+    monkeypatch.setattr(
+        source,
+        "chunk_memory",
+        lambda q, *rest, **named: (widths.append(q.shape[2]), run(q, *rest, **named))[1],
+    )
+    module = memory()
+    state = cat(module(tokens(1, 3))[1], module(tokens(1, 5))[1])
+    widths.clear()
+    for step in range(CHUNK + 1):
+        _, state = module(tokens(2, 1, seed=step), state)
+    assert widths == [1] * (CHUNK + 1) and state["position"].tolist() == [0, 2]
+
+
+def test_gradients_at_pads_are_zero_and_the_others_as_without():
+    module, x = memory(), tokens(1, 7).requires_grad_()
+    mask = torch.tensor([[0, 1, 1, 0, 1, 1, 1]], dtype=torch.bool)
+    (padded,) = torch.autograd.grad(module(x, None, mask)[0].square().sum(), x)
+    (plain,) = torch.autograd.grad(module(x[:, mask[0]])[0].square().sum(), x)
+    assert not padded[~mask].any()
+    assert_same(padded, plain)
+
+
+@pytest.mark.parametrize("fields", CASES, ids=str)
+def test_the_future_and_other_rows_do_not_reach_a_token(fields):
+    """By the Jacobian: each token is reached by the tokens up to it in its row, by all of them, and by no others."""
+    module = memory(**fields)
+    reach = torch.autograd.functional.jacobian(lambda x: module(x)[0].sum(-1), tokens(2, 6)).abs().sum(-1) > 0
+    expected = torch.zeros(2, 6, 2, 6, dtype=torch.bool)
+    for row in range(2):
+        expected[row, :, row] = torch.ones(6, 6).tril().bool()
+    assert torch.equal(reach, expected)
+
+
+@pytest.mark.parametrize("fields", [CASES[0], CASES[8]], ids=str)
+def test_a_change_is_felt_from_its_token_on(fields):
+    module, x = memory(**fields), tokens(2, 9)
+    changed = x.clone()
+    changed[1, 5] += 1
+    moved = (module(changed)[0] - module(x)[0]).abs().amax(-1) > 1e-12
+    assert moved.tolist() == [[False] * 9, [False] * 5 + [True] * 4]
+
+
+@pytest.mark.parametrize("fields", CASES, ids=str)
+def test_a_state_is_never_changed_and_shares_no_memory(fields):
+    module = memory(**fields)
+    with torch.no_grad():
+        for length in (3, CHUNK, 2 * CHUNK):
+            state = module(tokens(2, length))[1]
+            before = {name: field.clone() for name, field in state.items()}
+            for mask in (None, torch.tensor([[True] * 6, [False] * 6])):
+                end = module(tokens(2, 6), state, mask)[1]
+                module.read(tokens(2, 6), state)
+                assert all(torch.equal(before[name], state[name]) for name in state)
+            for fresh in (state, end, module.new_state(2)):
+                places = [field.untyped_storage().data_ptr() for field in fresh.values()]
+                places += [parameter.data_ptr() for parameter in module.parameters()]
+                assert len(set(places)) == len(places), "a state that shares memory cannot be saved"
+
+
+@pytest.mark.parametrize("fields", CASES, ids=str)
+def test_read_asks_the_memory_as_it_stands(fields):
+    module, x = memory(**fields), tokens(2, 5)
+    state = module(tokens(2, 6))[1]
+    query = F.silu(x @ module.qkv_proj.weight.chunk(3)[0].T).unflatten(-1, (module.config.heads, -1))
+    query = query / (query.square().sum(-1, keepdim=True) + 1e-6).sqrt()
+    y = torch.einsum("bthd,bhde->bthe", query, state["weights.0"])
+    if module.config.depth == 2:
+        y = torch.einsum("bthd,bhde->bthe", F.gelu(y), state["weights.1"])
+    y = (y / (y.square().mean(-1, keepdim=True) + 1e-6).sqrt() * module.norm_scale).flatten(-2)
+    if module.config.gate:
+        y = y * F.silu(module.out_gate(x))
+    assert_same(module.read(x, state), module.out_proj(y))
+
+
+def test_without_convolution_and_forgetting_a_token_reads_what_read_reads():
+    module, x = memory(rule="ttt", conv_kernel=1), tokens(2, 5)
+    y, state = module(x)
+    assert_same(module.read(x, state)[:, -1], y[:, -1])
+
+
+@pytest.mark.parametrize("fields", CASES, ids=str)
+def test_gradients_reach_every_parameter(fields):
+    torch.manual_seed(0)
+    module = NeuralMemory(NeuralMemoryConfig(**{"heads": 2, "chunk_size": CHUNK, **fields}), HIDDEN)
+    y, _ = module(tokens(2, 9, dtype=torch.float32))
+    (y * torch.randn_like(y)).sum().backward()
+    for name, parameter in module.named_parameters():
+        assert parameter.grad is not None and parameter.grad.abs().max() > 0, name
+        assert torch.isfinite(parameter.grad).all(), name
+
+
+@pytest.mark.parametrize("fields", CASES, ids=str)
+def test_an_optimizer_step_and_a_state_dict_with_several_heads(fields):
+    module, x = memory(torch.float32, **fields), tokens(3, 9, dtype=torch.float32)
+    target = tokens(3, 9, dtype=torch.float32, seed=5)
+    optimizer = torch.optim.AdamW(module.parameters(), lr=3e-3)
+    losses = []
+    for _ in range(6):
+        loss = (module(x)[0] - target).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    other = NeuralMemory(module.config, HIDDEN)
+    other.load_state_dict(module.state_dict())
+    assert torch.equal(other(x)[0], module(x)[0])
+
+
+def test_persistent_tokens_are_written_before_the_text():
+    module = memory(n_persistent_tokens=6)
+    plain = memory()
+    plain.load_state_dict({n: t for n, t in module.state_dict().items() if n != "persistent"})
+    start = module.new_state(2)
+    assert_same(start, plain(module.persistent.expand(2, -1, -1))[1])
+    assert start["position"].tolist() == [2, 2]
+    assert (start["weights.0"] - plain.new_state(2)["weights.0"]).abs().max() > 1e-3
+    in_attention = memory(n_persistent_tokens=6, placement="mac", segment_length=4)
+    assert in_attention.persistent is None and not in_attention.new_state(1)["position"].any()
+
+
+def test_initial_memory():
+    learned = memory()
+    assert_same(learned.new_state(3)["weights.0"], learned.initial[0].expand(3, -1, -1, -1))
+    zero = memory(initial_memory="zero")
+    assert not len(zero.initial) and not zero.new_state(1)["weights.0"].any()
+    assert not zero.read(tokens(1, 2), zero.new_state(1)).any(), "an empty memory says nothing"
+    deep = memory(initial_memory="zero", depth=2)
+    state = deep.new_state(1)
+    assert len(deep.initial) == 1 and state["weights.0"].any() and not state["weights.1"].any()
+
+
+def test_mimetic_start():
+    torch.manual_seed(0)
+    module = NeuralMemory(NeuralMemoryConfig(mimetic=True, heads=2), HIDDEN)
+    q, k, v = module.qkv_proj.weight.chunk(3)
+    assert torch.equal(q, k) and not torch.equal(q, v)
+    q, k, v = module.conv.weight.chunk(3, dim=1)
+    assert torch.equal(q, k) and not torch.equal(q, v)
+    x = tokens(1, 6, dtype=torch.float32)
+    queries, keys, _, _ = module._streams(x, module.new_state(1), None)
+    assert torch.equal(queries, keys)
+    assert module._gates(x)[2].max() < 1e-3
+
+
+def test_gates_start_where_the_config_says():
+    torch.manual_seed(0)
+    x = tokens(2, 50, dtype=torch.float32)
+    module = NeuralMemory(
+        NeuralMemoryConfig(theta_max=0.5, theta_bias=0.0, eta_bias=1.0, alpha_bias=-3.0), HIDDEN
+    )
+    for gate, expected in zip(module._gates(x), (0.25, 0.731, 0.0474)):
+        assert gate.shape == (2, 4, 50) and abs(gate.mean() - expected) < 0.02 and gate.std() > 0
+    alpha = NeuralMemory(NeuralMemoryConfig(rule="decay"), HIDDEN)._gates(x)[2]
+    assert (alpha == alpha[:1, :, :1]).all() and alpha[0, :, 0].diff().min() > 0, "a constant a head, spread"
+
+
+@pytest.mark.parametrize("fields", CASES, ids=str)
+def test_low_precision_keeps_a_float32_state(fields):
+    module, x = memory(torch.float32, **fields), tokens(2, 11, dtype=torch.float32)
+    expected, _ = module(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        autocast, state = module(x)
+    low = memory(torch.float32, **fields).to(torch.bfloat16)
+    for y, end in ((autocast, state), low(x.to(torch.bfloat16))):
+        floats = [field for field in end.values() if field.is_floating_point()]
+        assert all(field.dtype == torch.float32 and torch.isfinite(field).all() for field in floats)
+        assert torch.isfinite(y).all() and (y.float() - expected).norm() < 0.1 * expected.norm()
+    assert low(x.to(torch.bfloat16))[0].dtype == torch.bfloat16 and autocast.dtype == torch.float32
+    assert low.read(x.to(torch.bfloat16), end).dtype == torch.bfloat16
+
+
+def test_bfloat16_splits_like_float32():
+    module, x = memory(torch.float32).to(torch.bfloat16), tokens(1, 8, dtype=torch.bfloat16)
+    whole, end = module(x)
+    first, state = module(x[:, :3])
+    second, state = module(x[:, 3:], state)
+    assert_same(torch.cat([first, second], 1), whole, rtol=2e-2, atol=2e-2)
+    assert torch.equal(state["conv"], end["conv"])
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("fields", [CASES[0], CASES[1], CASES[6]], ids=str)
+def test_checkpointing_gives_the_same_gradients(fields, reentrant):
+    module, x = memory(**fields), tokens(2, 9).requires_grad_()
+    mask = torch.ones(2, 9, dtype=torch.bool)
+    mask[0, :2] = False
+    names = list(module.new_state(1))
+
+    def run(x, *state):
+        y, end = module(x, dict(zip(names, state)), mask)
+        return y, *end.values()
+
+    inputs, gradients = [x, *module.parameters()], []
+    for wrap in (lambda *a: run(*a), lambda *a: checkpoint(run, *a, use_reentrant=reentrant)):
+        module.zero_grad()
+        x.grad = None
+        y, *state = wrap(x, *module.new_state(2).values())
+        sum(part.square().sum() for part in (y, *state) if part.requires_grad).backward()
+        gradients.append([tensor.grad for tensor in inputs])
+    for a, b in zip(*gradients):
+        assert_same(a, b)
+
+
+def test_nan_names_the_row_and_nothing_is_computed(monkeypatch):
+    module, x = memory(), tokens(3, 5)
+    state = module.new_state(3)
+    good, _ = module(x, state)
+    bad = x.clone()
+    bad[1, 2, 0], bad[2, 4, 1] = torch.nan, torch.inf
+    with monkeypatch.context() as patch:
+        patch.setattr(module.qkv_proj, "forward", lambda *_: pytest.fail("computed"))
+        for call in (lambda: module(bad, state), lambda: module.read(bad, state)):
+            with pytest.raises(ValueError, match=r"row 1 holds NaN .*token 2\), row 2 holds NaN .*token 4"):
+                call()
+    mask = torch.ones(3, 5, dtype=torch.bool)
+    mask[1:] = False
+    assert_same(module(bad, state, mask)[0][0], good[0])  # at pads it is nobody's business
+
+
+@pytest.mark.parametrize(
+    ("x", "mask", "message"),
+    [
+        (torch.zeros(2, 0, HIDDEN), None, r"x has no tokens \(T = 0\)"),
+        (torch.zeros(2, HIDDEN), None, r"x has shape \(2, 8\), this memory takes \(batch, T, 8\)"),
+        (torch.zeros(2, 3, 5), None, r"x has shape \(2, 3, 5\)"),
+        (torch.zeros(2, 3, HIDDEN), torch.ones(2, 3), "mask is a torch.float32 tensor"),
+        (torch.zeros(2, 3, HIDDEN), torch.ones(2, 4, dtype=torch.bool), r"mask .* shape \(2, 4\)"),
+    ],
+)
+def test_wrong_input_is_named(x, mask, message):
+    with pytest.raises(ValueError, match=message):
+        memory(torch.float32)(x, None, mask)
+
+
+def test_no_rows_and_nothing_but_pads():
+    module = memory(torch.float32)
+    assert module(torch.zeros(0, 3, HIDDEN))[0].shape == (0, 3, HIDDEN)
+    state = module(tokens(2, 5, dtype=torch.float32))[1]
+    y, end = module(torch.zeros(2, 3, HIDDEN), state, torch.zeros(2, 3, dtype=torch.bool))
+    assert not y.any() and all(torch.equal(end[name], state[name]) for name in state)
+
+
+@pytest.mark.parametrize(("one", "other"), itertools.permutations(RULES, 2))
+def test_a_state_of_another_rule_is_refused(one, other):
+    state = memory(torch.float32, rule=one, window=None).new_state(2)
+    with pytest.raises(ValueError, match=f"'facts'.*'rule' of the state says '{one}', .* rule '{other}'"):
+        memory(torch.float32, rule=other).check_state(state, "facts")
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"depth": 2}, r"lacks nothing and has \['anchor.1', 'momentum.1', 'weights.1'\] too much"),
+        ({"momentum": False}, r"lacks \['momentum.0'\]"),
+        ({"conv_kernel": 1}, r"lacks \['conv'\]"),
+        ({"conv_kernel": 3}, r"field 'conv' .* shape \(1, 2, 24\), .* floats of shape \(1, 3, 24\)"),
+        ({"heads": 4}, r"field 'weights.0' .* \(1, 4, 2, 2\), .* \(1, 2, 4, 4\)"),
+        (
+            {"chunk_size": 9},
+            r"field 'position' of the state is \[7\], the chunks of this memory have 4 tokens",
+        ),
+    ],
+)
+def test_a_state_of_another_shape_is_refused(fields, message):
+    state = memory(torch.float32, **fields)(tokens(1, 7, dtype=torch.float32))[1]
+    module = memory(torch.float32)
+    for call in (
+        lambda: module.check_state(state, "facts"),
+        lambda: module(tokens(1, 2, dtype=torch.float32), state),
+        lambda: module.read(tokens(1, 2, dtype=torch.float32), state),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
+def test_a_broken_state_is_refused():
+    module = memory(torch.float32)
+    state = module.new_state(2)
+    for field, value in (("position", state["position"].float()), ("weights.0", state["weights.0"].long())):
+        with pytest.raises(ValueError, match=f"field '{field}'"):
+            module.check_state({**state, field: value}, "facts")
+    with pytest.raises(ValueError, match=r"field 'momentum\.0'"):
+        module.check_state({**state, "momentum.0": state["momentum.0"][:1]}, "facts")
+    with pytest.raises(ValueError, match="the state has 2 rows, x has 3"):
+        module(tokens(3, 2, dtype=torch.float32), state)
+
+
+def test_heads_that_do_not_divide_the_width():
+    with pytest.raises(
+        ConfigError, match="heads: 3 do not divide the width 8; take other heads or give head_dim"
+    ):
+        NeuralMemory(NeuralMemoryConfig(heads=3), HIDDEN)
+    module = NeuralMemory(NeuralMemoryConfig(heads=3, head_dim=5), HIDDEN)
+    assert module(torch.randn(1, 4, HIDDEN))[0].shape == (1, 4, HIDDEN)
