@@ -17,6 +17,7 @@ from .config import ConfigError, MemoryConfig  # noqa: E402
 from .kinds import parse_memory_config  # noqa: E402
 from .memory import Memory  # noqa: E402
 from .model import memories, memory_parameters, window  # noqa: E402
+from .neural import NeuralMemories, NeuralMemory, NeuralMemoryConfig  # noqa: E402
 from .optim import RowSparseAdamW  # noqa: E402
 from .product_key import ProductKeyMemories, ProductKeyMemory, ProductKeyMemoryConfig  # noqa: E402
 from .state import MemoryCache, MemoryState  # noqa: E402
@@ -31,6 +32,9 @@ __all__ = [
     "MemoryState",
     "MemoryTokens",
     "MemoryTokensConfig",
+    "NeuralMemories",
+    "NeuralMemory",
+    "NeuralMemoryConfig",
     "ProductKeyMemories",
     "ProductKeyMemory",
     "ProductKeyMemoryConfig",

@@ -9,11 +9,13 @@ import pydantic
 
 from .config import ConfigError, MemoryConfig, validate
 from .memory import Memory
+from .neural import NeuralMemories, NeuralMemoryConfig
 from .product_key import ProductKeyMemories, ProductKeyMemoryConfig
 from .tokens import MemoryTokens, MemoryTokensConfig
 
 KINDS: dict[str, tuple[type[MemoryConfig], type[Memory]]] = {
     "tokens": (MemoryTokensConfig, MemoryTokens),
+    "neural": (NeuralMemoryConfig, NeuralMemories),
     "product_key": (ProductKeyMemoryConfig, ProductKeyMemories),
 }
 

@@ -2,6 +2,7 @@
 
 from .config import NeuralMemoryConfig
 from .module import NeuralMemory
+from .patch import NeuralMemories
 from .rules import RULES
 
-__all__ = ["RULES", "NeuralMemory", "NeuralMemoryConfig"]
+__all__ = ["RULES", "NeuralMemories", "NeuralMemory", "NeuralMemoryConfig"]
