@@ -120,9 +120,19 @@ class _Hook:
         name = run.name_of(self.owner) if run is not None else None
         return name, {} if name is None else self.owner.part(run.before[name], self.key)
 
-    def remember(self, run: Pass, name: str, new: Fields) -> None:
+    def write(self, inner: torch.Tensor, run: Pass, name: str, fields: Fields) -> torch.Tensor:
+        """Write (and read) `inner` and leave the new fields in the pass."""
+        try:
+            read, new = self.layer.memory(inner, fields, run.mask)
+        except ValueError as error:
+            error.add_note(
+                f"in the neural memory {name!r} of layer {self.key}; if it is NaN and the text is sound, inner steps "
+                "were too large: lower theta_max"
+            )
+            raise
         after = run.after.setdefault(name, dict(run.before[name]))
         after.update({f"layers.{self.key}.{field}": tensor for field, tensor in new.items()})
+        return read
 
 
 class _BeforeLayer(_Hook):
@@ -138,8 +148,7 @@ class _BeforeLayer(_Hook):
         if self.owner.config.placement == "mac":
             read = self.layer.read_norm(self.layer.memory.read(inner, fields))
         else:
-            read, new = self.layer.memory(inner, fields, run.mask)
-            self.remember(run, name, new)
+            read = self.write(inner, run, name, fields)
         read = read.to(hidden.dtype)
         if self.owner.config.placement == "mal":
             return (hidden + read, *rest), kwargs
@@ -158,7 +167,7 @@ class _AfterLayer(_Hook):
         name, fields = self.state(run)
         if name is not None and run.writes:
             hidden = output[0] if isinstance(output, tuple) else output
-            self.remember(run, name, self.layer.memory(self.layer.normed(hidden), fields, run.mask)[1])
+            self.write(self.layer.normed(hidden), run, name, fields)
 
 
 class _Attention(_Hook):
