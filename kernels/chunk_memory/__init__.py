@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from ..paths import choose
-from . import reference
+from . import closed, reference
 from .state import ChunkState, check
 
 __all__ = ["ChunkState", "chunk_memory"]
@@ -75,4 +75,6 @@ def chunk_memory(
     path = choose("chunk_memory", q.device, path, closed=True)
     arguments = q, k, v, theta, eta, alpha, state, chunk_size, first, active, gradient, window
     with torch.autocast(q.device.type, enabled=False):
-        return reference.chunk_memory(*arguments)
+        if path == "reference":
+            return reference.chunk_memory(*arguments)
+        return closed.chunk_memory(*arguments)

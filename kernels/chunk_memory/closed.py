@@ -1,0 +1,171 @@
+"""The chunk memory in closed form: plain torch, many tokens at once, on any device.
+
+What M_t holds is linear in the writes of the chunk's tokens (`decay.py`), and what a token writes depends on the memory
+at the chunk's start only (`sources.py`). So a run of chunks is a loop of a few products each, from one chunk's start
+to the next one's, and then one read of all chunks (`linear.py`); `group.py` puts it together.
+
+The backward pass is written by hand, without autograd. It saves the inputs and the state before every group of chunks,
+and computes the groups again: memory in proportion to tokens × width.
+"""
+
+from __future__ import annotations
+
+from math import ceil
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .group import Group, Rule
+from .layout import cut, paste, runs, silence, with_halo
+from .state import ChunkState
+
+# Chunks to a group: about GROUP_TOKENS tokens, at most GROUP_CHUNKS chunks; but so many that the state saved for each
+# group takes no more than SAVED times the room of the group's tokens.
+GROUP_TOKENS = 512
+GROUP_CHUNKS = 32
+SAVED = 4
+
+
+def chunk_memory(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    theta: Tensor,
+    eta: Tensor | None,
+    alpha: Tensor | None,
+    state: ChunkState,
+    chunk_size: int,
+    first: int,
+    active: Tensor | None,
+    gradient: str,
+    window: int,
+) -> tuple[Tensor, ChunkState]:
+    precise = torch.promote_types(q.dtype, torch.float32)
+    alpha = torch.zeros_like(theta) if alpha is None else alpha
+    gates = [None if gate is None else gate.to(precise) for gate in (theta, eta, alpha)]
+    later = None
+    if active is not None:
+        q, k, v, gates = silence(q, k, v, gates, ~active[:, None])
+        later = active.flip(1).cumsum(1).flip(1) > 0  # (B, T): active here or further on
+    gates.append(None if active is None else active[:, None].expand_as(theta).to(precise))
+    halo = state.halo
+    if window > 1:
+        k, v, halo = with_halo(k.to(precise), v.to(precise), halo, active)
+    rule = Rule(gradient, window, state.weights[0].shape[-1] if len(state.weights) == 2 else None)
+    outputs = []
+    for start, stop, length, closes in runs(q.shape[2], chunk_size, first):
+        here, sources = slice(start, stop), slice(start, stop + window - 1)
+        streams = q[:, :, here], k[:, :, sources], v[:, :, sources]
+        gates_here = [None if gate is None else gate[:, :, here] for gate in gates]
+        reached = None if later is None or not closes else later[:, start + length - 1 : stop : length]
+        y, state = run(rule, length, closes, reached, streams, gates_here, state)
+        outputs.append(y)
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 2), state._replace(halo=halo)
+
+
+def run(
+    rule: Rule, length: int, closes: bool, reached: Tensor | None, streams, gates, state: ChunkState
+) -> tuple[Tensor, ChunkState]:
+    """One run of chunks. reached (B, n chunks): where a row came to the end of the chunk; None: every row did."""
+    if not (closes and state.anchor):
+        reached = None
+    n = len(state.weights)
+    stacked = [torch.cat(layer, 2) for layer in zip(*filter(None, (state.weights, state.momentum)))]
+    y, *after = Run.apply(rule, length, reached, *streams, *gates, *stacked, *state.anchor)
+    split = [x.unflatten(2, (-1, w.shape[2])).unbind(2) for x, w in zip(after, state.weights)]
+    weights, *momentum = zip(*split)
+    anchor = state.anchor
+    if closes and anchor:
+        anchor = weights if reached is None else tuple(after[n:])
+    return y, ChunkState(weights, momentum[0] if momentum else (), anchor)
+
+
+class Run(torch.autograd.Function):
+    """`run` with states as M over S, (B, H, P d_in, d_out), and the gradients."""
+
+    @staticmethod
+    def forward(ctx, rule: Rule, length: int, reached: Tensor | None, *inputs: Tensor | None):
+        """inputs: q, k, v, theta, eta, alpha, active, the states, and for gradient "chunk" the anchors.
+
+        Returns y, the states after the run and, if `reached` is given, the anchors after it.
+        """
+        given = Given(rule, length, reached, inputs)
+        y = torch.empty_like(given.streams[2][:, :, : given.n_chunks * length])
+        now, kept, saved = given.states, given.anchors, []
+        for chunks in given.groups():
+            group = given.group(chunks, now)
+            now = group.write(to_the_end=True)
+            saved += now
+            paste(y, group.read(), chunks, length)
+            if reached is not None:
+                kept = group.move_anchors(kept, now, given.reached(chunks))
+        ctx.save_for_backward(reached, *inputs, *saved[: -len(now)])
+        ctx.rule, ctx.length, ctx.n_inputs = rule, length, len(inputs)
+        after = now if reached is None else now + kept
+        return y, *(x.unflatten(0, y.shape[:2]) for x in after)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_y: Tensor, *d_after: Tensor):
+        reached, *tensors = ctx.saved_tensors
+        given = Given(ctx.rule, ctx.length, reached, tensors[: ctx.n_inputs])
+        with torch.autocast(d_y.device.type, enabled=False):
+            return None, None, None, *given.backward(tensors[ctx.n_inputs :], d_y, d_after)
+
+
+class Given:
+    """The inputs of a run, and how they fall into groups of chunks. States and anchors as (B H, ...)."""
+
+    def __init__(self, rule: Rule, length: int, reached: Tensor | None, inputs):
+        self.rule, self.length, self.where_reached = rule, length, reached
+        self.streams, self.gates, rest = inputs[:3], inputs[3:7], [x.flatten(0, 1) for x in inputs[7:]]
+        depth = 1 if rule.hidden is None else 2
+        self.states, self.anchors = rest[:depth], rest[depth:]
+        self.precise = rest[0].dtype
+        self.extra = rule.window - 1
+        self.n_chunks = self.streams[0].shape[2] // length
+
+    def groups(self) -> list[range]:
+        q, _, v = self.streams
+        room = self.length * (2 * q.shape[3] + v.shape[3])
+        state = sum(x[0].numel() for x in self.states)
+        size = max(1, min(GROUP_TOKENS // self.length, GROUP_CHUNKS), ceil(state / (SAVED * room)))
+        return [range(i, min(i + size, self.n_chunks)) for i in range(0, self.n_chunks, size)]
+
+    def group(self, chunks: range, states: list[Tensor]) -> Group:
+        q = self.cut(self.streams[0], chunks, 0)
+        k, v = (self.cut(x, chunks, self.extra) for x in self.streams[1:])
+        gates = (None if gate is None else self.cut(gate, chunks, 0) for gate in self.gates)
+        return Group(self.rule, q, k, v, *gates, states, self.anchors if chunks.start == 0 else [])
+
+    def cut(self, x: Tensor, chunks: range, extra: int) -> Tensor:
+        return cut(x, chunks, self.length, extra, self.precise)
+
+    def reached(self, chunks: range) -> Tensor:
+        """(g, B H, 1, 1)"""
+        here = self.where_reached[:, chunks.start : chunks.stop].T[:, :, None]
+        return here.expand(-1, -1, self.streams[0].shape[1]).flatten(1)[..., None, None]
+
+    def backward(self, saved, d_y: Tensor, d_after) -> list[Tensor | None]:
+        """The gradients of the inputs, last group first. saved: the states before each group but the first."""
+        n = len(self.states)
+        d_after = [d.flatten(0, 1).clone() for d in d_after]
+        d_now, d_kept = d_after[:n], d_after[n:]
+        empty = [torch.empty_like, *[torch.zeros_like if self.extra else torch.empty_like] * 2]
+        d_streams = [new(x) for new, x in zip(empty, self.streams)]
+        d_gates = [None if gate is None else torch.empty_like(gate) for gate in self.gates[:3]]
+        groups = self.groups()
+        for i, chunks in reversed(list(enumerate(groups))):
+            group = self.group(chunks, saved[n * (i - 1) : n * i] if i else self.states)
+            group.write(to_the_end=False)
+            reached = None if self.where_reached is None else self.reached(chunks)
+            d_tokens, d_now, d_anchors = group.backward(self.cut(d_y, chunks, 0), d_now, reached, d_kept)
+            extras = 0, self.extra, self.extra, 0, 0, 0
+            for d, pieces, extra in zip(d_streams + d_gates, d_tokens, extras):
+                if d is not None:
+                    paste(d, pieces, chunks, self.length, extra)
+        if d_kept:
+            d_anchors = [a + b for a, b in zip(d_anchors, d_kept)]
+        d_rest = [d.unflatten(0, d_y.shape[:2]) for d in [*d_now, *d_anchors]]
+        return [*d_streams, *d_gates, None, *d_rest]
