@@ -2,7 +2,8 @@
 
 Every source has `batch(position, rank, world, segments)`: `position` counts the forward passes of a process from
 the run's first one. Item `i` of a batch has the number (position · world + rank) · batch_size + i, so processes
-never share an item.
+never share an item. `has_accuracy`: its items have answers. `by_item`: one is right when its whole answer is; else
+answer tokens are counted.
 """
 
 from __future__ import annotations
@@ -14,18 +15,19 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from memlayers.tasks import make_task, rng_for
+from memlayers.tasks import MqarConfig, make_task, rng_for
 
 from .config import LossSection, TaskData
 
 
 @dataclass(frozen=True)
 class Example:
-    """Token ids of one item. Plain text is all `answer`."""
+    """Token ids of one item. Plain text is all `answer`; `answer_at` are places in `question` that are answers too."""
 
     context: Sequence[int]
     question: Sequence[int]
     answer: Sequence[int]
+    answer_at: Sequence[int] = ()
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,10 @@ def collate(examples: list[Example], regime: str, segments: int | None = None) -
     for e in examples:
         before = [] if written else list(e.context)
         rows.append([*before, *e.question, *e.answer])
-        parts.append([CONTEXT] * len(before) + [QUESTION] * len(e.question) + [ANSWER] * len(e.answer))
+        asked = [QUESTION] * len(e.question)
+        for place in e.answer_at:
+            asked[place] = ANSWER
+        parts.append([CONTEXT] * len(before) + asked + [ANSWER] * len(e.answer))
     tail = max(len(e.question) + len(e.answer) for e in examples)
     context_ids, context_mask = _pad(written) if written else (None, None)
     input_ids, attention_mask = _pad(rows)
@@ -105,6 +110,7 @@ class TaskSource:
         self.task = make_task(data.task, tokenizer, split="train")
         self.regime, self.segment_length = data.regime, segment_length
         self.batch_size, self.seed = batch_size, seed
+        self.by_item = not isinstance(data.task, MqarConfig)  # one of many queries is right by itself
 
     def batch(self, position: int, rank: int = 0, world: int = 1, segments: int | None = None) -> Batch:
         first = (position * world + rank) * self.batch_size
@@ -115,7 +121,7 @@ class TaskSource:
         rng = rng_for("train", self.seed, index)
         sample = self.task.sample(rng, segments * self.segment_length)
         question = sample.questions[0] if len(sample.questions) == 1 else rng.choice(sample.questions)
-        return Example(sample.context, question.ids, question.answer_ids)
+        return Example(sample.context, question.ids, question.answer_ids, question.answer_at)
 
 
 class ExampleSource:
@@ -124,7 +130,8 @@ class ExampleSource:
     def __init__(
         self, examples: Sequence[Example], regime: str, batch_size: int, seed: int, has_accuracy: bool
     ):
-        self.examples, self.regime, self.has_accuracy = examples, regime, has_accuracy
+        self.examples, self.regime = examples, regime
+        self.has_accuracy = self.by_item = has_accuracy
         self.batch_size, self.seed = batch_size, seed
         self._epoch, self._order = -1, []
 

@@ -6,7 +6,8 @@
 Several processes on a CPU: ACCELERATE_USE_CPU=true torchrun --nproc_per_node 2 train/run.py ... num_processes=2
 
 `output_dir` gets final/ (the trained model), checkpoints/, log.jsonl (the same bit for bit after any number of
-kills and resumes), timing.jsonl, curve.png and what the trackers write.
+kills and resumes), timing.jsonl, curve.png and what the trackers write; start/ is the base of a run that began from
+random weights, as it was then.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ from memlayers.train.resume import Progress, load_checkpoint, save_checkpoint, s
 from memlayers.train.row_sparse_gradients import average_row_sparse, prepare_objective
 from memlayers.train.sources import make_source
 from memlayers.train.sparse_finetuning import SparseFinetuning
-from memlayers.train.start import prepare_output, start_accelerator
+from memlayers.train.start import check_embeddings, keep_start, prepare_output, start_accelerator
 from memlayers.train.usage import UsageLog
 from memlayers.yaml_config import load_yaml
 
@@ -78,10 +79,13 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
         model, tokenizer = build_model(config)
         source = make_source(config, tokenizer, segment_length(model))
         check_regime(model, source.regime)
+        check_embeddings(model, source)
+        if config.model.config is not None:
+            keep_start(model, tokenizer, output / "start", accelerator)
         weights = loss_weights(config.loss, source.has_accuracy)
         model.to(accelerator.device)
         background = Background(model, config, tokenizer) if config.background is not None else None
-        objective = Objective(model, weights, by_item=source.has_accuracy, background=background)
+        objective = Objective(model, weights, by_item=source.by_item, background=background)
         tables = row_sparse_tables(model, config.optimizer)
         optimizers = make_optimizers(model, config, tables)
         objective = prepare_objective(accelerator, objective, tables.values())

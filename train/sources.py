@@ -25,7 +25,8 @@ def make_source(config: TrainConfig, tokenizer, window: int | None) -> Source:
         window: tokens that attention of the wrapped model can reach, the default segment of a task.
 
     Raises:
-        ConfigError: files that are not there, no text, lines that hold something else; names the field.
+        ConfigError: files that are not there, no text, lines that hold something else, items that do not fit; names
+            the field.
     """
     data, batch_size, seed = config.data, config.batch_size, config.seed
     if isinstance(data, TaskData):
@@ -60,10 +61,11 @@ def make_source(config: TrainConfig, tokenizer, window: int | None) -> Source:
 
 
 def _check_lengths(source: TaskSource, stages: list[int]) -> None:
-    try:
-        source.task.sample(rng_for("train", 0, 0), max(stages[0], 1) * source.segment_length)
-    except ValueError as error:
-        raise ConfigError(f"data: {stages[0]} segments of {source.segment_length} tokens: {error}") from None
+    for stage in (stages[0], stages[-1]):
+        try:
+            source.task.sample(rng_for("train", 0, 0), max(stage, 1) * source.segment_length)
+        except ValueError as error:
+            raise ConfigError(f"data: {stage} segments of {source.segment_length} tokens: {error}") from None
 
 
 def _facts(data: FactsData, tokenizer) -> list[Example]:
@@ -91,7 +93,7 @@ class PackedSequences(Sequence):
 class StreamSource:
     """A streamed dataset, packed on the way. Going back or resuming reads it again from its start."""
 
-    has_accuracy, regime = False, "W"
+    has_accuracy, by_item, regime = False, False, "W"
 
     def __init__(self, data: DatasetData, tokenizer, batch_size: int, seed: int):
         self.data, self.tokenizer, self.batch_size, self.seed = data, tokenizer, batch_size, seed

@@ -1,4 +1,4 @@
-"""Before the first step: the accelerator, and an output folder that is fresh or fits what it goes on from."""
+"""Before the first step: the accelerator, an output folder that is fresh or fits what it goes on from, and checks."""
 
 from __future__ import annotations
 
@@ -10,10 +10,14 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration
 
+from memlayers.checkpoint import save_base_model
 from memlayers.config import ConfigError
+from memlayers.tasks import MqarTask
 
 from .config import TrainConfig
+from .data import TaskSource
 from .resume import clean, complete_checkpoints, saved_config
+from .sources import Source
 
 FREE_ON_RESUME = {
     "max_steps",
@@ -89,6 +93,23 @@ def prepare_output(config: TrainConfig, resume: bool, accelerator: Accelerator) 
     if config.trackers:
         accelerator.init_trackers("memlayers", config=flat(config.model_dump(mode="json")))
     return found
+
+
+def check_embeddings(model, source: Source) -> None:
+    """Raise ConfigError when a task draws token ids that the model has no embedding for."""
+    task = source.task if isinstance(source, TaskSource) else None
+    if isinstance(task, MqarTask):
+        task.check_embeddings(model.get_input_embeddings().weight.shape[0], where="data.task")
+
+
+def keep_start(model, tokenizer, folder: Path, accelerator: Accelerator) -> None:
+    """Write the base of a model with random weights before it learns, and name it as what the model comes from:
+    evaluation compares with it."""
+    if accelerator.is_main_process:
+        save_base_model(model, folder)
+        tokenizer.save_pretrained(folder)
+    accelerator.wait_for_everyone()
+    model.config._name_or_path = str(folder)
 
 
 def compare_configs(saved: dict, now: dict, checkpoint: Path) -> None:

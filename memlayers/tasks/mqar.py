@@ -154,12 +154,13 @@ class MqarTask:
         self, rng: random.Random, pairs: list[tuple[int, int]], asked: list[int]
     ) -> list[tuple[int, int]]:
         """`pairs` with random ones in place of those with an asked key; their answers occur in none."""
-        answers = {dict(pairs)[key] for key in asked}
-        keys = [key for key in self.keys if key not in asked]
+        value_of, taken = dict(pairs), set(asked)
+        answers = {value_of[key] for key in asked}
+        keys = [key for key in self.keys if key not in taken]
         values = [value for value in self.values if value not in answers]
         if not keys or not values:
             raise ValueError("vocab_size: every key is asked for, so none is left that is not")
-        return [pair if pair[0] not in asked else (rng.choice(keys), rng.choice(values)) for pair in pairs]
+        return [pair if pair[0] not in taken else (rng.choice(keys), rng.choice(values)) for pair in pairs]
 
 
 def power_law_slots(rng: random.Random, n_slots: int, n_drawn: int, power_a: float) -> list[int]:
