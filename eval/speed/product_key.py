@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import memlayers as ml
-from memlayers.eval.speed.timing import percentiles, time_rounds, where
+from memlayers.eval.speed.timing import installed, percentiles, time_rounds, where
 from memlayers.kernels.weighted_gather import weighted_gather
 
 OURS = "memlayers"
@@ -173,20 +173,10 @@ def compare_lookup(rounds: int, device: str) -> dict:
 
 def benchmark(rounds: int = 20, device: str = "cpu") -> dict:
     """All of it, as the JSON that is committed."""
-    installed = [peer for peer in PEERS if _installed(peer)]
+    there = [peer for peer in PEERS if installed(peer)]
     return {
         "layers": compare_layers(rounds, device),
         "lookup": compare_lookup(rounds, device),
-        **where(device, *installed),
-        "not installed": sorted(set(PEERS) - set(installed)),
+        **where(device, *there),
+        "not installed": sorted(set(PEERS) - set(there)),
     }
-
-
-def _installed(package: str) -> bool:
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        version(package)
-    except PackageNotFoundError:
-        return False
-    return True

@@ -1,16 +1,21 @@
-"""What the benchmarks share: rounds in which every arm runs once, percentiles, and where it all ran."""
+"""What the benchmarks share: rounds in which every arm runs once, percentiles, peak memory, where it all ran."""
 
 from __future__ import annotations
 
+import itertools
+import json
 import os
 import platform
+import tempfile
 import time
 from collections.abc import Callable, Mapping
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 import numpy as np
 import torch
 from rich.progress import track
+from torch.profiler import ProfilerActivity, profile
 
 
 def time_rounds(
@@ -35,6 +40,49 @@ def time_rounds(
 def percentiles(values: np.ndarray) -> dict[str, float]:
     """p20, p50 and p80."""
     return {f"p{p}": float(np.percentile(values, p)) for p in (20, 50, 80)}
+
+
+def peak_memory(run: Callable[[], None], device: str) -> int:
+    """Bytes that PyTorch holds at the most while `run` runs, above what it holds before.
+
+    On a CPU by the profiler's record of every allocation: exact, and the same in every run. What libraries under
+    PyTorch take for themselves is not in it, nor what the system's allocator rounds up.
+    """
+    if device.startswith("cuda"):
+        _wait()
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        run()
+        return torch.cuda.max_memory_allocated(device) - before
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler would write to stderr when it starts
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+        run()
+    with tempfile.TemporaryDirectory() as folder:
+        trace = Path(folder) / "trace.json"
+        record.export_chrome_trace(str(trace))
+        events = json.loads(trace.read_text())["traceEvents"]
+    changes = sorted(
+        (event for event in events if event["name"] == "[memory]"), key=lambda event: event["ts"]
+    )
+    return max(itertools.accumulate((change["args"]["Bytes"] for change in changes), initial=0))
+
+
+def peak_memories(arms: Mapping[str, Callable[[], None]], device: str) -> dict[str, int]:
+    """`peak_memory` of every arm, the second time that it runs: what the first call makes for good does not count."""
+    peaks = {}
+    for name, arm in arms.items():
+        arm()
+        peaks[name] = peak_memory(arm, device)
+    return peaks
+
+
+def installed(package: str) -> bool:
+    """Whether pip knows `package` here."""
+    try:
+        version(package)
+    except PackageNotFoundError:
+        return False
+    return True
 
 
 def where(device: str, *packages: str) -> dict:
