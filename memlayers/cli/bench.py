@@ -14,6 +14,7 @@ from memlayers.cli.common import Debug, command, quiet
 
 class Benchmark(StrEnum):
     product_key = "product_key"
+    neural = "neural"
 
 
 @command
@@ -21,6 +22,15 @@ def bench(
     kind: Annotated[Benchmark, typer.Argument(help="Which memory.")],
     rounds: Annotated[int, typer.Option(min=1, help="Rounds; every arm runs once in each.")] = 20,
     device: Annotated[str | None, typer.Option(help="cpu or cuda; default: cuda where there is one.")] = None,
+    ttt_lm: Annotated[
+        Path | None,
+        typer.Option(
+            envvar="MEMLAYERS_TTT_LM",
+            exists=True,
+            dir_okay=False,
+            help="For neural: the file ttt.py of github.com/test-time-training/ttt-lm-pytorch, to compare with it.",
+        ),
+    ] = None,
     output: Annotated[Path | None, typer.Option(help="JSON file to write.")] = None,
     debug: Debug = False,
 ) -> None:
@@ -33,14 +43,18 @@ def bench(
     import torch
     from rich.console import Console
 
-    from memlayers.eval.speed import product_key
+    from memlayers.eval.speed import neural, product_key
     from memlayers.files import write_text
 
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    report = {Benchmark.product_key: product_key}[kind].benchmark(rounds, device)
+    if kind is Benchmark.neural:
+        report = neural.benchmark(rounds, device, ttt_lm)
+    else:
+        report = product_key.benchmark(rounds, device)
     console = Console()
-    for name in ("layers", "lookup"):
-        console.print(table(f"{name}: {report[name]['work']}", report[name]))
+    for name, part in report.items():
+        if isinstance(part, dict) and "work" in part:
+            console.print(table(f"{name}: {part['work']}", part))
     console.print(f"{report['device']}, {report['threads']} threads, {report['versions']}", soft_wrap=True)
     if report["not installed"]:
         console.print(f"not installed, so not compared: {', '.join(report['not installed'])}")
@@ -50,7 +64,7 @@ def bench(
 
 
 def table(title: str, part: dict):
-    """A rich table: milliseconds of every arm, then the ratios."""
+    """A rich table: milliseconds of every arm, then the ratios; what is one figure stands under p50."""
     from rich.table import Table
 
     out = Table("", title=title)
@@ -59,8 +73,9 @@ def table(title: str, part: dict):
     for section, rows in part.items():
         if not isinstance(rows, dict):
             continue
-        rows = rows if isinstance(next(iter(rows.values())), dict) else {section: rows}
+        rows = {section: rows} if "p50" in rows else rows
         for name, cell in rows.items():
-            out.add_row(f"{name} ({section})" if name != section else name, *(f"{cell[p]:.3g}" for p in cell))
+            figures = [f"{cell[p]:.3g}" for p in cell] if isinstance(cell, dict) else ["", f"{cell:.3g}", ""]
+            out.add_row(f"{name} ({section})" if name != section else name, *figures)
         out.add_section()
     return out

@@ -1,0 +1,164 @@
+"""A neural memory layer beside its peers, and what it is built on alone, `chunk_memory`.
+
+    OMP_NUM_THREADS=1 memlayers bench neural --ttt-lm ttt-lm-pytorch/ttt.py \\
+        --output eval/speed/results/neural_cpu.json
+
+`layers`: width 256, 4 heads of 64, chunks of 64, 2 × 1,024 tokens, float32, forward and backward to input and
+parameters, projections included, all arms in every round. Peers are set as near to ours as their switches go:
+
+* `titans-pytorch` (PyPI) with `chunk_size=64, batch_size=64`: gradients of a chunk at its first weights, every chunk
+  starts from the last one's. Its step θ is one a token; its momentum, its decay and the memory that is read are one
+  a chunk, where ours are one a token, so it does less (with `chunk_size=1` they are one a token, and it makes the
+  weights of every token). SiLU, norms of queries, keys and output as ours; norm of the input, norm and residual inside
+  the memory off, since ours has none. It has no convolution, and one output gate a head where ours has one a channel.
+* `ttt-lm TTTLinear` (github.com/test-time-training/ttt-lm-pytorch, on no package index: give the path of its `ttt.py`)
+  with `mini_batch_size=64` beside our rule `ttt`. It has a norm and a residual inside the memory, rotary positions and
+  an output gate; ours has convolutions. It is used as it is.
+
+`peak MB` is what PyTorch holds at the most during one forward and backward pass, above input and parameters (see
+`peak_memory`).
+
+`core`: `chunk_memory` alone, see `memlayers.eval.speed.chunk_memory`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import nn
+
+import memlayers as ml
+from memlayers.eval.speed.chunk_memory import FLA, compare_core
+from memlayers.eval.speed.timing import installed, peak_memories, percentiles, time_rounds, where
+
+OURS = "memlayers"
+TITANS, TTT = "titans-pytorch", "ttt-lm TTTLinear"
+PEERS = {f"{TITANS}, {depth}": f"{OURS}, titans, {depth}" for depth in ("depth 1", "depth 2")}
+PEERS[TTT] = f"{OURS}, ttt, depth 1"
+"""Each peer, and the arm of ours that does its work."""
+
+
+def layers(width: int, heads: int, chunk: int, device: str, ttt_lm: Path | None) -> dict[str, nn.Module]:
+    """The layers that are compared, by name, each from x alone to y; a peer that is not there is left out."""
+    torch.manual_seed(0)
+    arms: dict[str, nn.Module] = {}
+    for rule, depth in (("titans", 1), ("titans", 2), ("ttt", 1)):
+        config = ml.NeuralMemoryConfig(rule=rule, depth=depth, expansion=4, heads=heads, chunk_size=chunk)
+        arms[f"{OURS}, {rule}, depth {depth}"] = _OutputAlone(ml.NeuralMemory(config, width))
+    if installed(TITANS):
+        for depth in (1, 2):
+            arms[f"{TITANS}, depth {depth}"] = _OutputAlone(_titans_pytorch(width, heads, chunk, depth))
+    if ttt_lm is not None:
+        arms[TTT] = _TTTLinear(ttt_lm, width, heads, chunk)
+    return {name: layer.to(device) for name, layer in arms.items()}
+
+
+class _OutputAlone(nn.Module):
+    """x → y of a layer that gives (y, state)."""
+
+    def __init__(self, layer: nn.Module):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(x)[0]
+
+
+def _titans_pytorch(width: int, heads: int, chunk: int, depth: int) -> nn.Module:
+    from titans_pytorch import MemoryMLP, NeuralMemory
+
+    return NeuralMemory(
+        dim=width,
+        chunk_size=chunk,
+        batch_size=chunk,
+        heads=heads,
+        dim_head=width // heads,
+        model=MemoryMLP(width // heads, depth, expansion_factor=4.0),
+        activation=nn.SiLU(),
+        qk_rmsnorm=True,
+        post_rmsnorm=True,
+        pre_rmsnorm=False,
+        mem_model_norm_add_residual=False,
+        default_step_transform_max_lr=1e-2,  # its keys have length 8, not 1
+    )
+
+
+class _TTTLinear(nn.Module):
+    """ttt-lm-pytorch's linear layer from its file `ttt.py`, which imports under transformers 5 as it is."""
+
+    def __init__(self, path: Path, width: int, heads: int, chunk: int):
+        super().__init__()
+        spec = importlib.util.spec_from_file_location("memlayers_bench_ttt_lm", path)
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = module  # its dataclasses look themselves up there
+        spec.loader.exec_module(module)
+        if not hasattr(module, "TTTLinear"):
+            raise ValueError(f"{path} has no TTTLinear; give the ttt.py of ttt-lm-pytorch")
+        config = module.TTTConfig(
+            hidden_size=width,
+            num_attention_heads=heads,
+            num_hidden_layers=1,
+            mini_batch_size=chunk,
+            use_gate=True,
+        )
+        self.layer = module.TTTLinear(config, layer_idx=0)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(x, position_ids=torch.arange(x.shape[1], device=x.device)[None])
+
+
+def compare_layers(
+    rounds: int, device: str, ttt_lm: Path | None, width=256, heads=4, chunk=64, batch=2, length=1024
+) -> dict:
+    """Forward and backward of every layer: milliseconds, peak memory, and every peer's over those of ours."""
+    x = torch.randn(batch, length, width, device=device)
+    direction = torch.randn_like(x)
+
+    def run(layer: nn.Module) -> Callable[[], None]:
+        def once():
+            layer(x.clone().requires_grad_()).backward(direction)
+            layer.zero_grad(set_to_none=True)
+
+        return once
+
+    arms = {name: run(layer) for name, layer in layers(width, heads, chunk, device, ttt_lm).items()}
+    peaks = peak_memories(arms, device)
+    seconds = time_rounds(arms, rounds)
+    there = {peer: ours for peer, ours in PEERS.items() if peer in arms}
+    return {
+        "work": f"width {width}, {heads} heads, chunks of {chunk}, {batch} × {length} tokens, forward and backward, "
+        "float32",
+        "rounds": rounds,
+        "ms": {name: percentiles(1e3 * found) for name, found in seconds.items()},
+        "times ours": {peer: percentiles(seconds[peer] / seconds[ours]) for peer, ours in there.items()},
+        "peak MB": {name: peak / 1e6 for name, peak in peaks.items()},
+        "peak over ours": {peer: peaks[peer] / peaks[ours] for peer, ours in there.items()},
+    }
+
+
+def benchmark(rounds: int = 20, device: str = "cpu", ttt_lm: Path | None = None) -> dict:
+    """All of it, as the JSON that is committed. `ttt_lm`: the path of ttt-lm-pytorch's ttt.py.
+
+    Raises:
+        ValueError: `ttt_lm` is another file.
+    """
+    gpu = device.startswith("cuda")
+    large = {"batch": 8, "heads": 16, "length": 4096, "dtype": torch.bfloat16} if gpu else {}
+    packages = (TITANS, FLA) if gpu else (TITANS,)
+    report = {
+        "layers": compare_layers(rounds, device, ttt_lm),
+        "core": compare_core(rounds, device, **large),
+        **where(device, *filter(installed, packages)),
+        "not installed": [name for name in packages if not installed(name)],
+    }
+    if ttt_lm is None:
+        report["not installed"].append("ttt-lm-pytorch")
+    else:
+        digest = hashlib.sha256(ttt_lm.read_bytes()).hexdigest()
+        report["versions"]["ttt-lm-pytorch"] = f"ttt.py, sha256 {digest[:12]}"
+    return report
