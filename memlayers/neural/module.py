@@ -10,9 +10,9 @@ from memlayers.kernels.chunk_memory import chunk_memory
 
 from ..memory import Fields
 from .config import NeuralMemoryConfig
-from .conv import CausalConv
 from .packing import Packing, plan
 from .state import as_chunk_state, as_fields, check_fields, empty_state, layer_shapes
+from .streams import streams, unit
 
 EPS = 1e-6
 
@@ -49,7 +49,8 @@ class NeuralMemory(nn.Module):
         self.head_dim = config.width_of_head(hidden_size)
         inner, heads = config.heads * self.head_dim, config.heads
         self.qkv_proj = nn.Linear(hidden_size, 3 * inner, bias=False)
-        self.conv = CausalConv(3 * inner, config.conv_kernel) if config.conv_kernel > 1 else None
+        taps = config.conv_kernel if config.conv_kernel > 1 else 0
+        self.conv = nn.Parameter(torch.empty(taps, 3 * inner)) if taps else None
         constant = config.has_decay and config.inner_rule.constant_decay
         self.alpha = nn.Parameter(torch.empty(heads)) if constant else None
         self.gate_names = (
@@ -77,7 +78,7 @@ class NeuralMemory(nn.Module):
         for name, bias in zip(self.gate_names, self.gates.bias.view(-1, config.heads)):
             nn.init.constant_(bias, config.start_biases[name])
         if self.conv is not None:
-            self.conv.reset_parameters()
+            nn.init.uniform_(self.conv, -(config.conv_kernel**-0.5), config.conv_kernel**-0.5)
         if self.alpha is not None:  # heads that forget at different speeds
             spread = torch.linspace(-2, 2, config.heads) if config.heads > 1 else 0.0
             self.alpha.copy_(config.start_biases["alpha"] + spread)
@@ -89,7 +90,7 @@ class NeuralMemory(nn.Module):
         if config.mimetic:  # 2410.11135, section 4: read like linear attention
             self.qkv_proj.weight[inner : 2 * inner] = self.qkv_proj.weight[:inner]
             if self.conv is not None:
-                self.conv.weight[:, inner : 2 * inner] = self.conv.weight[:, :inner]
+                self.conv[:, inner : 2 * inner] = self.conv[:, :inner]
 
     @property
     def state_dtype(self) -> torch.dtype:
@@ -163,7 +164,7 @@ class NeuralMemory(nn.Module):
         _check_batch(state, x)
         inner, width = x.to(self.out_proj.weight.dtype), self.config.heads * self.head_dim
         query = F.linear(inner, self.qkv_proj.weight[:width]).unflatten(-1, (-1, self.head_dim))
-        query = _unit(F.silu(query)).transpose(1, 2)
+        query = unit(F.silu(query)).transpose(1, 2)
         with torch.autocast(x.device.type, enabled=False):
             first, *second = as_chunk_state(state, self.state_dtype).weights
             y = query.to(self.state_dtype) @ first
@@ -205,12 +206,9 @@ class NeuralMemory(nn.Module):
 
     def _streams(self, x: torch.Tensor, state: Fields, packing: Packing | None):
         """q, k and v, each (B, heads, T, head_dim), and the convolution's part of the new state."""
-        streams, tail = self.qkv_proj(x), {}
-        if self.conv is not None:
-            streams, tail["conv"] = self.conv(streams, state["conv"].to(self.state_dtype), packing)
-        streams = F.silu(streams).unflatten(-1, (3, self.config.heads, self.head_dim))
-        q, k, v = streams.permute(2, 0, 3, 1, 4)
-        return _unit(q), _unit(k), v, tail
+        projected = self.qkv_proj(x)
+        q, k, v, tail = streams(projected, self.config.heads, self.conv, state.get("conv"), packing)
+        return q, k, v, {} if tail is None else {"conv": tail.to(self.state_dtype)}
 
     def _gates(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         """θ, η and α, each (B, heads, T), float32 or better; None where the rule has none."""
@@ -258,12 +256,6 @@ class NeuralMemory(nn.Module):
         return (
             f"rule={c.rule!r}, depth={c.depth}, {c.heads} heads of {self.head_dim}, chunks of {c.chunk_size}"
         )
-
-
-def _unit(x: torch.Tensor) -> torch.Tensor:
-    """x / ‖x‖ over the last dimension, computed in float32 or better, in the dtype of x."""
-    precise = x.to(torch.promote_types(x.dtype, torch.float32))
-    return (precise * torch.rsqrt(precise.square().sum(-1, keepdim=True) + EPS)).to(x.dtype)
 
 
 def _check_batch(state: Fields, x: torch.Tensor) -> None:

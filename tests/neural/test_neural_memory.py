@@ -9,6 +9,8 @@ from torch.utils.checkpoint import checkpoint
 
 from memlayers.config import ConfigError
 from memlayers.neural import RULES, NeuralMemory, NeuralMemoryConfig
+from memlayers.neural.streams import streams
+from memlayers.state import MemoryState
 
 HIDDEN, CHUNK = 8, 4
 CASES = [
@@ -117,6 +119,29 @@ def test_pads_change_nothing_wherever_rows_stand(fields, kind):
             assert_same(rows(end, one), alone_end)
 
 
+@pytest.mark.parametrize("kernel", [0, 2, 4])
+def test_streams_equal_their_formula_with_gradients(kernel, monkeypatch):
+    monkeypatch.setattr("memlayers.neural.streams.BLOCK", 16)  # two blocks
+    x = torch.randn(2, 11, 24, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(kernel, 24, dtype=torch.float64, requires_grad=True) if kernel else None
+    tail = torch.randn(2, kernel - 1, 24, dtype=torch.float64, requires_grad=True) if kernel else None
+    q, k, v, new_tail = streams(x, 2, weight, tail, None)
+    convolved = x
+    if kernel:
+        inputs = torch.cat([tail, x], 1)
+        assert torch.equal(new_tail, inputs[:, -kernel + 1 :])
+        convolved = F.conv1d(inputs.mT, weight.T[:, None], groups=24).mT
+    for got, expected in zip((q, k, v), F.silu(convolved).chunk(3, -1)):
+        expected = expected.unflatten(-1, (2, 4)).transpose(1, 2)
+        if got is not v:
+            expected = expected / (expected.square().sum(-1, keepdim=True) + 1e-6).sqrt()
+        assert_same(got, expected)
+    inputs = [tensor for tensor in (x, weight, tail) if tensor is not None]
+    assert torch.autograd.gradcheck(
+        lambda x, weight=None, tail=None: streams(x, 2, weight, tail, None)[:3], inputs
+    )
+
+
 def test_rows_at_different_places_decode_one_column_at_a_time(monkeypatch):
     from memlayers.neural import module as source
 
@@ -165,20 +190,29 @@ def test_a_change_is_felt_from_its_token_on(fields):
 
 
 @pytest.mark.parametrize("fields", CASES, ids=str)
-def test_a_state_is_never_changed_and_shares_no_memory(fields):
+def test_a_state_is_never_changed(fields):
+    module = memory(**fields)
+    for length in (3, CHUNK, 2 * CHUNK):
+        state = {name: field.detach() for name, field in module(tokens(2, length))[1].items()}
+        before = {name: field.clone() for name, field in state.items()}
+        for mask in (None, torch.tensor([[True] * 6, [False] * 6])):
+            module(tokens(2, 6), state, mask)[0].sum().backward()
+            module.read(tokens(2, 6), state)
+            assert all(torch.equal(before[name], state[name]) for name in state)
+
+
+@pytest.mark.parametrize("fields", [{}, {"heads": 1}, {"rule": "atlas", "depth": 2, "window": 3}], ids=str)
+def test_a_state_can_be_saved_at_every_place_and_is_no_part_of_the_module(fields, tmp_path):
     module = memory(**fields)
     with torch.no_grad():
-        for length in (3, CHUNK, 2 * CHUNK):
-            state = module(tokens(2, length))[1]
-            before = {name: field.clone() for name, field in state.items()}
-            for mask in (None, torch.tensor([[True] * 6, [False] * 6])):
-                end = module(tokens(2, 6), state, mask)[1]
-                module.read(tokens(2, 6), state)
-                assert all(torch.equal(before[name], state[name]) for name in state)
-            for fresh in (state, end, module.new_state(2)):
-                places = [field.untyped_storage().data_ptr() for field in fresh.values()]
-                places += [parameter.data_ptr() for parameter in module.parameters()]
-                assert len(set(places)) == len(places), "a state that shares memory cannot be saved"
+        for state in (module.new_state(1), *(module(tokens(1, n))[1] for n in (1, CHUNK, CHUNK + 1))):
+            MemoryState({"past": state}).save(tmp_path / "state")
+            loaded = MemoryState.load(tmp_path / "state")["past"]
+            assert all(torch.equal(loaded[name], state[name]) for name in state)
+            storages = {field.untyped_storage().data_ptr() for field in state.values()}
+            assert not storages & {
+                parameter.untyped_storage().data_ptr() for parameter in module.parameters()
+            }
 
 
 @pytest.mark.parametrize("fields", CASES, ids=str)
@@ -259,11 +293,11 @@ def test_mimetic_start():
     module = NeuralMemory(NeuralMemoryConfig(mimetic=True, heads=2), HIDDEN)
     q, k, v = module.qkv_proj.weight.chunk(3)
     assert torch.equal(q, k) and not torch.equal(q, v)
-    q, k, v = module.conv.weight.chunk(3, dim=1)
+    q, k, v = module.conv.chunk(3, dim=1)
     assert torch.equal(q, k) and not torch.equal(q, v)
     x = tokens(1, 6, dtype=torch.float32)
     queries, keys, _, _ = module._streams(x, module.new_state(1), None)
-    assert torch.equal(queries, keys)
+    assert_same(queries, keys, rtol=1e-5, atol=1e-6)
     assert module._gates(x)[2].max() < 1e-3
 
 
