@@ -1,12 +1,16 @@
 """Does `ml.write` read a million tokens at constant memory and constant speed?
 
     OMP_NUM_THREADS=1 python -m memlayers.eval.speed.stream --output eval/speed/results/stream_cpu.json
+    OMP_NUM_THREADS=1 python -m memlayers.eval.speed.stream --kind neural \\
+        --output eval/speed/results/stream_neural_cpu.json
 
-One call of `ml.write` reads the whole text. After each call that it makes to the decoder (a few segments),
-resident memory, wall time and CPU time are noted. `resident_growth_mb` is the highest value after the first
-10,000 tokens less the one there. Every few calls a control is timed at the same moment: the same number of
-tokens written into a fresh memory. `over_control` is the stream's median time over the control's, at the start
-and at the end, each over a tenth of the text, so that what else runs on the machine drops out.
+Memory tokens read segment by segment; a neural memory (placement `mag`) token by token, under a sliding window. One
+call of `ml.write` reads the whole text. After each call that it makes to the decoder (a few segments), resident memory,
+the size of the state, wall time and CPU time are noted. `resident_growth_mb` is the highest value after the first
+10,000 tokens less the one there, `state_growth_bytes` the same of the state. Every few calls a control is timed at the
+same moment: the same number of tokens written into a fresh memory. `over_control` is the stream's median time over the
+control's, at the start and at the end, each over a tenth of the text, so that what else runs on the machine drops out.
+`us_per_token_from` has the same medians from 4,096 tokens to twice as many, and so on.
 """
 
 from __future__ import annotations
@@ -30,6 +34,8 @@ from memlayers.model import decoder_of
 
 WARM_UP = 10_000
 """Tokens after which memory should not grow any more."""
+FLAT_FROM = 4_096
+"""Tokens after which the time of a token should not grow any more."""
 CONTROL_EVERY = 5
 """Calls to the decoder from one control to the next."""
 
@@ -37,7 +43,7 @@ CONTROL_EVERY = 5
 @dataclass
 class Mark:
     """One call to the decoder: tokens read when it ended, seconds it took on the clock and on the CPU, resident
-    bytes, and the two times of the control where there was one."""
+    bytes, the two times of the control where there was one, and bytes of the state."""
 
     tokens: int
     wall_s: float
@@ -45,6 +51,7 @@ class Mark:
     resident: int
     control_wall_s: float | None = None
     control_cpu_s: float | None = None
+    state_bytes: int = 0
 
 
 def load_base(path: str | None) -> tuple[PreTrainedModel, str]:
@@ -91,7 +98,9 @@ def measure(
             ml.write(model, ids[:, :size])
             times += [time.perf_counter() - clocks[0], time.process_time() - clocks[1]]
             in_control = False
-        marks.append(Mark(done, *times[:2], process.memory_info().rss, *times[2:]))
+        found = Mark(done, *times[:2], process.memory_info().rss, *times[2:])
+        found.state_bytes = kwargs["past_key_values"].memory_state.nbytes
+        marks.append(found)
         clocks[:] = time.perf_counter(), time.process_time()
 
     handle = decoder_of(model).register_forward_hook(mark, with_kwargs=True)
@@ -136,33 +145,67 @@ def summarize(marks: list[Mark], share: float = 0.1) -> dict:
         "resident_growth_mb": (max(mark.resident for mark in after) - after[0].resident) / 1e6,
         "us_per_token_wall": time_per_token("wall_s"),
         "us_per_token_cpu": time_per_token("cpu_s"),
+        "us_per_token_from": by_length(marks),
+        "state_bytes": after[-1].state_bytes,
+        "state_growth_bytes": max(mark.state_bytes for mark in after) - after[0].state_bytes,
         "tokens_per_call": full,
         "calls_at_start_and_end": part,
         "wall_s": sum(mark.wall_s for mark in marks),
     }
 
 
+def by_length(marks: list[Mark]) -> dict[int, dict[str, float]]:
+    """Median microseconds a token of the calls between 4,096 and 8,192 tokens, 8,192 and 16,384, and so on."""
+    octaves: dict[int, list[tuple[Mark, int]]] = {}
+    for before, mark in itertools.pairwise(marks):
+        if before.tokens >= FLAT_FROM:
+            octave = 1 << (before.tokens.bit_length() - 1)
+            octaves.setdefault(octave, []).append((mark, mark.tokens - before.tokens))
+
+    def median(octave: int, name: str) -> float | None:
+        known = [
+            1e6 * getattr(mark, name) / n for mark, n in octaves[octave] if getattr(mark, name) is not None
+        ]
+        return statistics.median(known) if known else None
+
+    names = {
+        "wall": "wall_s",
+        "cpu": "cpu_s",
+        "control_wall": "control_wall_s",
+        "control_cpu": "control_cpu_s",
+    }
+    return {octave: {short: median(octave, name) for short, name in names.items()} for octave in octaves}
+
+
+def memory_config(kind: str, n_tokens: int, segment_length: int, sliding_window: int) -> ml.MemoryConfig:
+    """The memory that is measured: `tokens` with its two sizes, or `neural` under a window."""
+    if kind == "neural":  # untrained, on random tokens: steps so small that it stays finite
+        return ml.NeuralMemoryConfig(placement="mag", sliding_window=sliding_window, theta_max=0.01)
+    return ml.MemoryTokensConfig(n_tokens=n_tokens, segment_length=segment_length)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tokens", type=int, default=1_000_000, help="tokens to write (default: 1,000,000)")
     parser.add_argument("--base", help="folder or hub id of a base; default: the embedded demo base")
-    parser.add_argument("--n-tokens", type=int, default=8, help="memory tokens (default: 8)")
-    parser.add_argument("--segment-length", type=int, default=32, help="tokens per segment (default: 32)")
+    parser.add_argument("--kind", choices=("tokens", "neural"), default="tokens", help="default: tokens")
+    parser.add_argument("--n-tokens", type=int, default=8, help="tokens: memory tokens (default: 8)")
+    parser.add_argument("--segment-length", type=int, default=32, help="tokens: per segment (default: 32)")
+    parser.add_argument("--sliding-window", type=int, default=32, help="neural: of attention (default: 32)")
     parser.add_argument("--output", type=Path, help="where to write the JSON as well")
     options = parser.parse_args()
     if options.tokens < 2 * WARM_UP:
         parser.error(f"--tokens: at least {2 * WARM_UP}, since memory is compared after {WARM_UP}")
 
     model, name = load_base(options.base)
-    config = ml.MemoryTokensConfig(n_tokens=options.n_tokens, segment_length=options.segment_length)
+    config = memory_config(options.kind, options.n_tokens, options.segment_length, options.sliding_window)
     ml.attach(model.eval(), config)
-    marks, state = measure(model, options.tokens)
+    marks, _ = measure(model, options.tokens)
     report = {
         "tokens": options.tokens,
         "base": name,
         "memory": config.model_dump(),
         **summarize(marks),
-        "state_bytes": state.nbytes,
         **where("cpu", "transformers", "psutil"),
     }
     text = json.dumps(report, indent=2)
