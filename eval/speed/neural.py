@@ -41,6 +41,7 @@ TITANS, TTT = "titans-pytorch", "ttt-lm TTTLinear"
 PEERS = {f"{TITANS}, {depth}": f"{OURS}, titans, {depth}" for depth in ("depth 1", "depth 2")}
 PEERS[TTT] = f"{OURS}, ttt, depth 1"
 """Each peer, and the arm of ours that does its work."""
+MAX_STEP = 0.01  # of θ, so that no untrained memory grows without bound on random tokens
 
 
 def layers(width: int, heads: int, chunk: int, device: str, ttt_lm: Path | None) -> dict[str, nn.Module]:
@@ -48,7 +49,9 @@ def layers(width: int, heads: int, chunk: int, device: str, ttt_lm: Path | None)
     torch.manual_seed(0)
     arms: dict[str, nn.Module] = {}
     for rule, depth in (("titans", 1), ("titans", 2), ("ttt", 1)):
-        config = ml.NeuralMemoryConfig(rule=rule, depth=depth, expansion=4, heads=heads, chunk_size=chunk)
+        config = ml.NeuralMemoryConfig(
+            rule=rule, depth=depth, expansion=4, heads=heads, chunk_size=chunk, theta_max=MAX_STEP
+        )
         arms[f"{OURS}, {rule}, depth {depth}"] = _OutputAlone(ml.NeuralMemory(config, width))
     if installed(TITANS):
         for depth in (1, 2):
@@ -84,7 +87,7 @@ def _titans_pytorch(width: int, heads: int, chunk: int, depth: int) -> nn.Module
         post_rmsnorm=True,
         pre_rmsnorm=False,
         mem_model_norm_add_residual=False,
-        default_step_transform_max_lr=1e-2,  # its keys have length 8, not 1
+        default_step_transform_max_lr=MAX_STEP,
     )
 
 
