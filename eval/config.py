@@ -8,9 +8,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
-from memlayers.config import Strict
+from memlayers.config import ConfigError, Strict
 from memlayers.eval.perplexity import PerplexityConfig
-from memlayers.tasks import FactsConfig, TaskConfig
+from memlayers.tasks import FactsConfig, HaystackConfig, MqarConfig
 from memlayers.yaml_config import load_yaml
 
 Regime = Literal["F", "W", "D"]
@@ -19,6 +19,11 @@ Control = Literal["no_needle", "shuffled_memory", "zeroed_memory", "question_onl
 
 ARMS: tuple[str, ...] = ("base", "base_cut", "memory_off", "untrained", "trained")
 CONTROLS: tuple[str, ...] = ("no_needle", "shuffled_memory", "zeroed_memory", "question_only")
+REGIMES = {
+    "F": "all in attention",
+    "W": "one stream, attention limited to the window",
+    "D": "written to memory, keys and values dropped, then asked",
+}
 
 
 class SuiteConfig(Strict):
@@ -32,7 +37,7 @@ class SuiteConfig(Strict):
     """
 
     type: Literal["haystack"] = "haystack"
-    task: TaskConfig
+    task: HaystackConfig
     lengths: list[int] | None = Field(None, min_length=1)
     windows: list[int] | None = Field(None, min_length=1)
     depths: list[float] = Field([0.0, 0.25, 0.5, 0.75, 1.0], min_length=1)
@@ -70,12 +75,42 @@ class FactsSuiteConfig(Strict):
     before: str | None = None
 
 
+class MqarSuiteConfig(Strict):
+    """A suite of associative recall (MQAR): accuracy over the number of pairs.
+
+    task: block of `memlayers.tasks` with `type: mqar`, without its number of pairs. n_pairs: those to ask. lengths:
+    tokens of pairs and queries, each with every number of pairs; None: for each number of pairs the one length that
+    `task.tokens_per_pair` gives it. n: rows in a cell, each with all its queries. regimes: as in a suite of texts.
+    """
+
+    type: Literal["mqar"] = "mqar"
+    task: MqarConfig = MqarConfig()
+    n_pairs: list[Annotated[int, Field(ge=1)]] = Field(min_length=1)
+    lengths: list[Annotated[int, Field(ge=1)]] | None = Field(None, min_length=1)
+    n: int = Field(200, ge=1, le=1_000_000)
+    regimes: list[Regime] = Field(["F", "W", "D"], min_length=1)
+
+    @model_validator(mode="after")
+    def _check(self) -> MqarSuiteConfig:
+        if self.task.n_pairs is not None:
+            raise ConfigError("task.n_pairs: the suite's own n_pairs says how many; take this one out")
+        if self.lengths is not None and self.task.tokens_per_pair is not None:
+            raise ConfigError("lengths: give lengths or task.tokens_per_pair, not both")
+        for field in ("n_pairs", "lengths", "regimes"):
+            values = getattr(self, field) or []
+            if len(set(values)) != len(values):
+                raise ConfigError(f"{field}: {values} names a value twice")
+        return self
+
+
 def _suite_type(block: Any) -> str:
     return block.get("type", "haystack") if isinstance(block, dict) else getattr(block, "type", "haystack")
 
 
 AnySuite = Annotated[
-    Annotated[SuiteConfig, Tag("haystack")] | Annotated[FactsSuiteConfig, Tag("facts")],
+    Annotated[SuiteConfig, Tag("haystack")]
+    | Annotated[FactsSuiteConfig, Tag("facts")]
+    | Annotated[MqarSuiteConfig, Tag("mqar")],
     Discriminator(_suite_type),
 ]
 
@@ -115,6 +150,11 @@ class EvalConfig(Strict):
     def facts(self) -> dict[str, FactsSuiteConfig]:
         """The suites of facts."""
         return {name: suite for name, suite in self.suites.items() if isinstance(suite, FactsSuiteConfig)}
+
+    @property
+    def mqar(self) -> dict[str, MqarSuiteConfig]:
+        """The suites of associative recall."""
+        return {name: suite for name, suite in self.suites.items() if isinstance(suite, MqarSuiteConfig)}
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> EvalConfig:

@@ -82,11 +82,11 @@ class Asker:
         if "shuffled_memory" in changes and len(samples) < 2:
             raise ValueError("shuffled_memory needs at least two haystacks.")
         texts: list[list[str]] = [[] for _ in changes]
-        for part in _even_parts(samples, self.batch_size):
-            ids, mask = self._pad([sample.context for sample in part])
+        for part in even_parts(samples, self.batch_size):
+            ids, mask = self.pad_left([sample.context for sample in part])
             state = ml.write(self.model, ids, attention_mask=mask)
             for out, change in zip(texts, changes):
-                out += self._ask(_changed(state, change), part)
+                out += self._ask(changed(state, change), part)
         return [_by_haystack(out, samples) for out in texts]
 
     def _ask(self, state: ml.MemoryState, samples: Sequence[Sample]) -> list[str]:
@@ -103,7 +103,7 @@ class Asker:
     def _generate(
         self, inputs: list[list[int]], questions: list[Question], cache=None, n_answer: int | None = None
     ) -> list[str]:
-        ids, mask = self._pad(inputs)
+        ids, mask = self.pad_left(inputs)
         n_answer = n_answer or max(len(question.answer_ids) for question in questions)
         n_new = n_answer + self.margin
         if self.positions is not None:  # the margin gives way where the positions end; the answer never does
@@ -119,7 +119,7 @@ class Asker:
             for row in out[:, ids.shape[1] :].tolist()
         ]
 
-    def _pad(self, rows: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+    def pad_left(self, rows: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
         """Left-padded ids and mask, (B, T) int64, on the model's device."""
         width = max(map(len, rows))
         ids = [[self.pad] * (width - len(row)) + list(row) for row in rows]
@@ -127,7 +127,8 @@ class Asker:
         return torch.tensor(ids, device=self.device), torch.tensor(mask, device=self.device)
 
 
-def _changed(state: ml.MemoryState, change: str | None) -> ml.MemoryState:
+def changed(state: ml.MemoryState, change: str | None) -> ml.MemoryState:
+    """The state after a control's change, see `Asker.from_memory`."""
     if change is None:
         return state
     if change == "shuffled_memory":
@@ -137,7 +138,7 @@ def _changed(state: ml.MemoryState, change: str | None) -> ml.MemoryState:
     raise ValueError(f"unknown change of a state: {change!r}.")
 
 
-def _even_parts(samples: Sequence[Sample], size: int) -> list[Sequence[Sample]]:
+def even_parts(samples: Sequence[Sample], size: int) -> list[Sequence[Sample]]:
     """Parts of at most `size` (but at least two) samples, as even as can be: none is left with one to swap with none."""
     count = -(-len(samples) // max(2, size))
     edges = [round(part * len(samples) / count) for part in range(count + 1)]

@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections import defaultdict
 from pathlib import Path
 
-from memlayers.eval.config import ARMS, CONTROLS, EvalConfig
+from memlayers.eval.config import ARMS, CONTROLS, REGIMES, EvalConfig
 from memlayers.eval.statistics import holm, mcnemar, paired_bootstrap, wilson
-from memlayers.eval.suites import facts_report
+from memlayers.eval.suites import facts_report, mqar_report
 from memlayers.files import write_text, write_whole
 
 Key = tuple[str, str, int, str]  # suite, regime, length, arm or control
-
-REGIMES = {
-    "F": "all in attention",
-    "W": "one stream, attention limited to the window",
-    "D": "written to memory, keys and values dropped, then asked",
-}
 
 
 def build_report(
@@ -106,11 +101,10 @@ def write_report(report: dict, samples: list[dict], folder: Path) -> None:
     )
     for suite in report["results"]:
         write_whole(folder / f"{suite}.png", lambda path, suite=suite: heatmap(report, suite, path))
-    for suite, block in report.get("facts", {}).items():
-        write_whole(
-            folder / f"{suite}.png",
-            lambda path, suite=suite, block=block: facts_report.picture(suite, block, path),
-        )
+    for kind, module in (("facts", facts_report), ("mqar", mqar_report)):
+        for suite, block in report.get(kind, {}).items():
+            draw = functools.partial(module.picture, suite, block)
+            write_whole(folder / f"{suite}.png", draw)
     write_text(folder / "report.md", markdown(report))
     write_text(folder / "report.json", json.dumps(report, indent=2) + "\n")
 
@@ -184,6 +178,8 @@ def markdown(report: dict) -> str:
             lines += _reasons({**cells}, report["controls"].get(suite, {}).get(regime, {}))
     for suite, block in report.get("facts", {}).items():
         lines += facts_report.markdown(suite, block)
+    for suite, block in report.get("mqar", {}).items():
+        lines += mqar_report.markdown(suite, block, config)
     if "perplexity" in report:
         lines += _perplexity_table(report["perplexity"], config["perplexity"])
     versions = ", ".join(f"{name} {value}" for name, value in report["versions"].items())

@@ -15,15 +15,24 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 import memlayers as ml
-from memlayers.config import ConfigError, validate
+from memlayers.config import ConfigError, Strict, validate
 from memlayers.eval import perplexity
-from memlayers.eval.config import ARMS, CONTROLS, EvalConfig, FactsSuiteConfig, SuiteConfig, load_config
+from memlayers.eval.config import (
+    ARMS,
+    CONTROLS,
+    EvalConfig,
+    FactsSuiteConfig,
+    MqarSuiteConfig,
+    SuiteConfig,
+    load_config,
+)
 from memlayers.eval.models import IN_MEMORY, FromCheckpoint, InMemory, describe
 from memlayers.eval.plan import Plan
 from memlayers.eval.regimes import Asker, Predictions
 from memlayers.eval.report import build_report, write_report
 from memlayers.eval.suites import Items, make_items
 from memlayers.eval.suites.facts import FactsSuite
+from memlayers.eval.suites.mqar import MqarSuite
 from memlayers.eval.suites.scoring import exact, substring
 from memlayers.model import max_positions
 
@@ -46,7 +55,7 @@ def evaluate(config: EvalConfig, output_dir: str | Path, progress: bool = True) 
 def evaluate_model(
     model,
     tokenizer,
-    suites: Mapping[str, SuiteConfig | FactsSuiteConfig | dict],
+    suites: Mapping[str, SuiteConfig | FactsSuiteConfig | MqarSuiteConfig | dict],
     base=None,
     output_dir: str | Path | None = None,
     progress: bool = False,
@@ -54,15 +63,15 @@ def evaluate_model(
 ) -> dict:
     """Evaluates a model in memory.
 
-    model: wrapped (or plain) causal LM. suites: name -> `SuiteConfig`, `FactsSuiteConfig` or the mapping a YAML
-    file would hold.
+    model: wrapped (or plain) causal LM. suites: name -> `SuiteConfig`, `FactsSuiteConfig`,
+    `MqarSuiteConfig` or the mapping a YAML file would hold.
     base: the plain model of the base arms; default: `model` with its memory off, which is the original base
     only if training left it frozen. output_dir: where to write the files; None writes nothing. fields: other
     fields of `EvalConfig`, such as `controls=[...]`, `batch_size=8`, `seed=1`.
     Returns the report, with the answers themselves under `samples` when nothing is written.
     """
     blocks = {
-        name: suite.model_dump() if isinstance(suite, SuiteConfig | FactsSuiteConfig) else dict(suite)
+        name: suite.model_dump() if isinstance(suite, Strict) else dict(suite)
         for name, suite in suites.items()
     }
     config = validate(EvalConfig, {"model": IN_MEMORY, "suites": blocks, **fields})
@@ -77,7 +86,7 @@ def _evaluate(source, tokenizer, config: EvalConfig, output_dir: str | Path | No
     started = time.perf_counter()
     model = source.trained()
     window, where = config.window or ml.window(model), describe(model)
-    if not window and (config.haystacks or config.perplexity):
+    if not window and (config.haystacks or config.mqar or config.perplexity):
         raise ValueError(
             "the model's config names no limit of positions: give window= for the arms that are cut."
         )
@@ -91,6 +100,11 @@ def _evaluate(source, tokenizer, config: EvalConfig, output_dir: str | Path | No
         name: FactsSuite(name, suite, config, tokenizer, source.missing, source.base_is_model)
         for name, suite in config.facts.items()
     }
+    mqar = {
+        name: MqarSuite(name, suite, config, tokenizer, model, window, source.missing)
+        for name, suite in config.mqar.items()
+    }
+    others = [*facts.values(), *mqar.values()]
     plan = Plan(config, suites, model, window, source.missing)
     skipped = {(s.suite, s.regime, s.length, s.name): s.reason for s in plan.skipped}
     records: dict[tuple, list[dict]] = defaultdict(list)
@@ -99,12 +113,12 @@ def _evaluate(source, tokenizer, config: EvalConfig, output_dir: str | Path | No
     if config.perplexity is not None:
         prose = perplexity.unseen_prose(config.perplexity, tokenizer, window)
         n_prose = len(prose) * len(ARMS)
-    n_answers = sum(each.n_answers for each in (*plan.jobs, *facts.values()))
+    n_answers = sum(each.n_answers for each in (*plan.jobs, *others))
     with _bar(n_answers + n_prose, progress) as advance:
         for stage in STAGES:
             jobs = [job for job in plan.jobs if job.stage == stage]
             measured = prose is not None and stage not in source.missing
-            asked = [each for each in facts.values() if each.wanted(stage)]
+            asked = [each for each in others if each.wanted(stage)]
             if jobs or asked or measured:
                 model = model if stage == "trained" else getattr(source, stage)()
                 asker = Asker(model, tokenizer, config.batch_size, config.margin, advance)
@@ -138,12 +152,14 @@ def _evaluate(source, tokenizer, config: EvalConfig, output_dir: str | Path | No
     report = build_report(config, window, lengths, records, skipped)
     if facts:
         report["facts"] = {name: each.report() for name, each in facts.items()}
+    if mqar:
+        report["mqar"] = {name: each.report() for name, each in mqar.items()}
     if perplexities:
         report["perplexity"] = {arm: perplexities[arm] for arm in ARMS if arm in perplexities}
     report["versions"] = {**_versions(), **where}
     report["wall_s"] = round(time.perf_counter() - started, 2)
     samples = [row for key in sorted(records, key=_order) for row in records[key]]
-    samples += [row for each in facts.values() for row in each.rows()]
+    samples += [row for each in others for row in each.rows()]
     if output_dir is None:
         return {**report, "samples": samples}
     write_report(report, samples, Path(output_dir))

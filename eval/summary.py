@@ -9,6 +9,8 @@ one's controls and base arms are shown too. A suite of facts has regime P:
 
     python -m memlayers.eval.summary --suite facts "memory@P=runs/facts_memory/seed*/eval" \
         "LoRA@P=runs/facts_lora/seed*/eval" "full finetuning@P=runs/facts_full/seed*/eval"
+
+A suite of associative recall has its numbers of pairs in columns (--suite mqar).
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from typing import Annotated
 import typer
 
 from memlayers.eval.suites.facts_report import TITLES, cells_of
+from memlayers.eval.suites.mqar_report import flat
 from memlayers.files import write_text
 
 
@@ -74,6 +77,8 @@ def summary(groups: list[Group], suite: str) -> str:
     first = groups[0]
     if suite in first.reports[0].get("facts", {}):
         return facts_summary(groups, suite)
+    if suite in first.reports[0].get("mqar", {}):
+        return mqar_summary(groups, suite)
     report, seeds = first.reports[0], ", ".join(f"{group.name}: {len(group.reports)}" for group in groups)
     rows = [_row(group, group.name, "results", suite, "trained") for group in groups]
     for arm in ("memory_off", "untrained"):
@@ -136,6 +141,39 @@ def facts_summary(groups: list[Group], suite: str) -> str:
             f"highest seed); a guess is right at {chance:.3f}. Seeds: {seeds}.",
             "",
             *table(["", *columns], rows),
+            "",
+        ]
+    )
+
+
+def mqar_summary(groups: list[Group], suite: str) -> str:
+    """Markdown: one table of associative recall, trainings, arms and controls down, numbers of pairs across."""
+    first = groups[0]
+    report, seeds = first.reports[0], ", ".join(f"{group.name}: {len(group.reports)}" for group in groups)
+    lines = [(group.name, group, "results", "trained") for group in groups]
+    others = [arm for arm in report["config"]["arms"] if arm != "trained"]
+    lines += [(f"{first.name}: {arm}", first, "results", arm) for arm in others]
+    lines += [(f"{first.name}: {name}", first, "controls", name) for name in report["config"]["controls"]]
+    columns = [
+        (length, n_pairs) for length, n_pairs, _ in flat(report["mqar"][suite]["results"][first.regime])
+    ]
+    rows = []
+    for title, group, part, arm in lines:
+        per_seed = [each["mqar"][suite][part][group.regime] for each in group.reports]
+        cells = [[seed[length][n_pairs][arm] for seed in per_seed] for length, n_pairs in columns]
+        rows.append([title, group.regime, *(over_seeds(each, "accuracy", 3) for each in cells)])
+    chance = report["mqar"][suite]["chance"]
+    return "\n".join(
+        [
+            f"# {suite}, associative recall over the number of pairs",
+            "",
+            f"Share of queries right over {report['config']['suites'][suite]['n']} rows a cell: mean over seeds (lowest to "
+            f"highest seed). A guess among all values is right at {chance:.4f}, one among those of the row at 1 / pairs. "
+            f"Seeds: {seeds}.",
+            "",
+            *table(
+                ["", "regime", *(f"{n_pairs} pairs, {length} tokens" for length, n_pairs in columns)], rows
+            ),
             "",
         ]
     )

@@ -31,7 +31,7 @@ def evaluate(
     ] = None,
     debug: Debug = False,
 ) -> None:
-    """Measure what a model remembers: passkeys and needles, length by depth, and facts, with arms and controls.
+    """Measure what a model remembers: passkeys, needles, facts and associative recall, with arms and controls.
 
     The trained model is asked beside its base, the base cut to the same window, the model with its memory
     off, and the same memory untrained, all on the same items. Controls: no needle in the text, the state of
@@ -42,7 +42,8 @@ def evaluate(
     reported as not run, with the reason.
 
     Facts are asked without any text (regime P): trained and held-out prompts, a later batch, and prompts about
-    others, which are to be answered as the base does.
+    others, which are to be answered as the base does. Associative recall (mqar) asks for the values of keys, over the
+    number of pairs.
 
     OUT gets report.json, samples.jsonl, report.md and a picture for each suite.
     """
@@ -66,6 +67,16 @@ def tables(report: dict):
     """Rich tables of a report: for each suite and regime one of the arms and one of the controls."""
     for suite, block in report.get("facts", {}).items():
         yield grid(f"{suite}, regime P (no context)", {**block["metrics"], **block["controls"]}, "facts")
+    for suite, block in report.get("mqar", {}).items():
+        for regime in block["results"]:
+            for part, told in (("results", ""), ("controls", ": controls")):
+                rows = {
+                    f"{n_pairs} pairs, {length} tokens": cells
+                    for length, by_pairs in block[part][regime].items()
+                    for n_pairs, cells in by_pairs.items()
+                }
+                if any(rows.values()):
+                    yield grid(f"{suite}, regime {regime}{told}", rows, "rows")
     window = report["config"]["window"]
     for suite, regimes in report["results"].items():
         for regime, arms in regimes.items():
