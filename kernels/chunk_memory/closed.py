@@ -4,8 +4,8 @@ What M_t holds is linear in the writes of the chunk's tokens (`decay.py`), and w
 at the chunk's start only (`sources.py`). So a run of chunks is a loop of a few products each, from one chunk's start
 to the next one's, and then one read of all chunks (`linear.py`); `group.py` puts it together.
 
-The backward pass is written by hand, without autograd. It saves the inputs and the state before every group of chunks,
-and computes the groups again: memory in proportion to tokens × width.
+The backward pass is written by hand, without autograd. It saves the inputs and states (of every chunk if they
+are small, else of every few) and computes the rest again: memory in proportion to tokens × width.
 """
 
 from __future__ import annotations
@@ -20,11 +20,13 @@ from .group import Group, Rule
 from .layout import cut, paste, runs, silence, with_halo
 from .state import ChunkState
 
-# Chunks to a group: about GROUP_TOKENS tokens, at most GROUP_CHUNKS chunks; but so many that the state saved for each
-# group takes no more than SAVED times the room of the group's tokens.
+# Chunks to a group: about GROUP_TOKENS tokens and at most GROUP_CHUNKS chunks; but so many that one state to a group,
+# which is saved, takes no more than SAVE times the room of the group's q, k and v. Where a state to a chunk takes no
+# more than SAVE_ALL times the room of the chunk's, all are saved and need not be computed again.
 GROUP_TOKENS = 512
 GROUP_CHUNKS = 32
-SAVED = 4
+SAVE = 4
+SAVE_ALL = 1
 
 
 def chunk_memory(
@@ -52,7 +54,7 @@ def chunk_memory(
     halo = state.halo
     if window > 1:
         k, v, halo = with_halo(k.to(precise), v.to(precise), halo, active)
-    rule = Rule(gradient, window, state.weights[0].shape[-1] if len(state.weights) == 2 else None)
+    rule = Rule(gradient, window, len(state.weights))
     outputs = []
     for start, stop, length, closes in runs(q.shape[2], chunk_size, first):
         here, sources = slice(start, stop), slice(start, stop + window - 1)
@@ -95,12 +97,13 @@ class Run(torch.autograd.Function):
         now, kept, saved = given.states, given.anchors, []
         for chunks in given.groups():
             group = given.group(chunks, now)
-            now = group.write(to_the_end=True)
-            saved += now
+            group.write()
+            saved += [layer.x for layer in group.layers] if given.save_all else now
+            now = [layer.x[-1].clone() for layer in group.layers]
             paste(y, group.read(), chunks, length)
             if reached is not None:
-                kept = group.move_anchors(kept, now, given.reached(chunks))
-        ctx.save_for_backward(reached, *inputs, *saved[: -len(now)])
+                kept = group.move_anchors(kept, given.reached(chunks))
+        ctx.save_for_backward(reached, *inputs, *saved)
         ctx.rule, ctx.length, ctx.n_inputs = rule, length, len(inputs)
         after = now if reached is None else now + kept
         return y, *(x.unflatten(0, y.shape[:2]) for x in after)
@@ -120,52 +123,46 @@ class Given:
     def __init__(self, rule: Rule, length: int, reached: Tensor | None, inputs):
         self.rule, self.length, self.where_reached = rule, length, reached
         self.streams, self.gates, rest = inputs[:3], inputs[3:7], [x.flatten(0, 1) for x in inputs[7:]]
-        depth = 1 if rule.hidden is None else 2
-        self.states, self.anchors = rest[:depth], rest[depth:]
-        self.precise = rest[0].dtype
-        self.extra = rule.window - 1
+        self.states, self.anchors = rest[: rule.depth], rest[rule.depth :]
+        self.extras = 0, rule.window - 1, rule.window - 1, 0, 0, 0, 0
         self.n_chunks = self.streams[0].shape[2] // length
+        q, _, v = self.streams
+        self.share = sum(x[0].numel() for x in self.states) / (length * (2 * q.shape[3] + v.shape[3]))
+        self.save_all = self.share <= SAVE_ALL
 
     def groups(self) -> list[range]:
-        q, _, v = self.streams
-        room = self.length * (2 * q.shape[3] + v.shape[3])
-        state = sum(x[0].numel() for x in self.states)
-        size = max(1, min(GROUP_TOKENS // self.length, GROUP_CHUNKS), ceil(state / (SAVED * room)))
+        size = max(1, min(GROUP_TOKENS // self.length, GROUP_CHUNKS), ceil(self.share / SAVE))
         return [range(i, min(i + size, self.n_chunks)) for i in range(0, self.n_chunks, size)]
 
     def group(self, chunks: range, states: list[Tensor]) -> Group:
-        q = self.cut(self.streams[0], chunks, 0)
-        k, v = (self.cut(x, chunks, self.extra) for x in self.streams[1:])
-        gates = (None if gate is None else self.cut(gate, chunks, 0) for gate in self.gates)
-        return Group(self.rule, q, k, v, *gates, states, self.anchors if chunks.start == 0 else [])
+        tokens = [self.cut(x, chunks, extra) for x, extra in zip((*self.streams, *self.gates), self.extras)]
+        return Group(self.rule, *tokens, states, self.anchors if chunks.start == 0 else [])
 
-    def cut(self, x: Tensor, chunks: range, extra: int) -> Tensor:
-        return cut(x, chunks, self.length, extra, self.precise)
+    def cut(self, x: Tensor | None, chunks: range, extra: int = 0) -> Tensor | None:
+        return None if x is None else cut(x, chunks, self.length, extra, self.states[0].dtype)
 
     def reached(self, chunks: range) -> Tensor:
         """(g, B H, 1, 1)"""
         here = self.where_reached[:, chunks.start : chunks.stop].T[:, :, None]
         return here.expand(-1, -1, self.streams[0].shape[1]).flatten(1)[..., None, None]
 
-    def backward(self, saved, d_y: Tensor, d_after) -> list[Tensor | None]:
-        """The gradients of the inputs, last group first. saved: the states before each group but the first."""
-        n = len(self.states)
+    def backward(self, saved: list[Tensor], d_y: Tensor, d_after) -> list[Tensor | None]:
+        """The gradients of the inputs, last group first."""
+        depth = self.rule.depth
         d_after = [d.flatten(0, 1).clone() for d in d_after]
-        d_now, d_kept = d_after[:n], d_after[n:]
-        empty = [torch.empty_like, *[torch.zeros_like if self.extra else torch.empty_like] * 2]
-        d_streams = [new(x) for new, x in zip(empty, self.streams)]
-        d_gates = [None if gate is None else torch.empty_like(gate) for gate in self.gates[:3]]
-        groups = self.groups()
-        for i, chunks in reversed(list(enumerate(groups))):
-            group = self.group(chunks, saved[n * (i - 1) : n * i] if i else self.states)
-            group.write(to_the_end=False)
+        d_now, d_kept = d_after[:depth], d_after[depth:]
+        d_inputs = [
+            None if x is None else (torch.zeros_like if extra else torch.empty_like)(x)
+            for x, extra in zip((*self.streams, *self.gates[:3]), self.extras)
+        ]
+        for i, chunks in reversed(list(enumerate(self.groups()))):
+            group = self.group(chunks, saved[depth * i : depth * (i + 1)])
+            group.write()
             reached = None if self.where_reached is None else self.reached(chunks)
-            d_tokens, d_now, d_anchors = group.backward(self.cut(d_y, chunks, 0), d_now, reached, d_kept)
-            extras = 0, self.extra, self.extra, 0, 0, 0
-            for d, pieces, extra in zip(d_streams + d_gates, d_tokens, extras):
-                if d is not None:
-                    paste(d, pieces, chunks, self.length, extra)
+            d_tokens, d_now, d_anchors = group.backward(self.cut(d_y, chunks), d_now, d_kept, reached)
+            for x, pieces, extra in zip(d_inputs, d_tokens, self.extras):
+                if x is not None:
+                    paste(x, pieces, chunks, self.length, extra)
         if d_kept:
             d_anchors = [a + b for a, b in zip(d_anchors, d_kept)]
-        d_rest = [d.unflatten(0, d_y.shape[:2]) for d in [*d_now, *d_anchors]]
-        return [*d_streams, *d_gates, None, *d_rest]
+        return [*d_inputs, None, *(d.unflatten(0, d_y.shape[:2]) for d in (*d_now, *d_anchors))]

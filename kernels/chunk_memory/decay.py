@@ -1,13 +1,17 @@
-"""How far a token's write has faded and spread by a later token: the decays of n chunks at once, and their gradients.
+"""How much of each token's write the memory holds at each later token: the decays of n chunks, and their gradients.
 
-With S_t = η_t S_{t−1} + U_t and M_t = (1 − α_t) M_{t−1} + S_t, where U_r is what token r of the chunk writes at step
-size 1 (times θ_r), M_0 and S_0 the state before the chunk and t = 1..L,
+Let U_r be what token r of a chunk writes at step size 1 (it writes θ_r U_r), M_0 and S_0 the state before the chunk.
+Then M_t and S_t are combinations of M_0, S_0, U_1, ..., U_L, and the rows of their coefficients follow the recurrences
+of the memory itself,
 
-    M_t = β_t M_0 + f_t S_0 + Σ_r G[t, r] U_r               S_L = m_L S_0 + Σ_r s_r U_r
-    D_x[t, i] = x_{i+1} ⋯ x_t for i ≤ t, 0 for i > t        (rows t = 1..L, columns i = 0..L; 0 is the start)
-    β = D_{1−α}[:, 0],   [f | G/θ] = D_{1−α}[:, 1:] D_η,   [m_L | s/θ] = last row of D_η
+    S_t = η_t S_{t−1} + U_t            M_t = (1 − α_t) M_{t−1} + S_t
 
-Without momentum G/θ = D_{1−α}[:, 1:]. Products, never quotients or logarithms: 0 and 1 are gates like any other.
+(without momentum S_t = U_t and there is no S_0). Multiplied by θ where it belongs this is
+
+    M_t = β_t M_0 + f_t S_0 + Σ_r G[t, r] U_r          S_L = m_L S_0 + Σ_r s_r U_r
+
+No quotients and no logarithms, so gates of exactly 0 or 1 are like any others. Rows are computed for all chunks at
+once and stored by token: (L, n, P + L), P = 2 with momentum and else 1.
 """
 
 from __future__ import annotations
@@ -19,7 +23,7 @@ from torch import Tensor
 
 
 class Decays(NamedTuple):
-    """For n chunks of L tokens; P = 2 with momentum, else 1; K sources: the tokens, before them those of the window.
+    """For n chunks of L tokens and K sources: the tokens, and before them those in the window of the first.
 
     carry: (n, L, P), what M_t keeps of M_0 and of S_0: β and f.
     response: (n, L, K), G: what M_t has of each source. Zero where the source comes after t.
@@ -42,77 +46,90 @@ def decays(
 
     With a window w each source counts in the steps of w tokens, its own and the w − 1 after it.
     """
-    fade = products(1 - alpha)
-    if eta is None:
-        spread, mix, carry = None, fade[:, :, 1:], fade[:, :, :1]
-    else:
-        spread = products(eta)
-        left = fade[:, :, 1:] if active is None else fade[:, :, 1:] * active[:, None]
-        both = left @ spread
-        mix, carry = both[:, :, 1:], torch.stack((fade[:, :, 0], both[:, :, 0]), -1)
-    response = mix if theta is None else mix * theta[:, None]
+    retain = by_token(1 - alpha)
+    parts = 1 if eta is None else 2
+    own = retain.new_zeros(len(retain), retain.shape[1], parts + len(retain))
+    own[:, :, parts:].diagonal(dim1=0, dim2=2).fill_(1)  # the U_t in S_t
+    momentum, added = None, own
+    if eta is not None:
+        momentum = run_on(own, by_token(eta), start=1)
+        added = momentum if active is None else momentum * by_token(active)
+    memory = run_on(added, retain, start=0)
+    mix = memory[:, :, parts:]
+    response = mix if theta is None else mix * theta
     band = None
     if window > 1:
-        band = in_window(theta.shape[1], window, theta)
+        band = in_window(len(retain), window, retain)
         response = response @ band
-    last, keep = response[:, -1, :, None], carry[:, -1]
-    if spread is not None:
-        s = spread[:, -1, 1:] * theta
-        s = s if band is None else s @ band
-        last = torch.stack((response[:, -1], s), -1)
-        keep = torch.stack((keep[:, 0], spread[:, -1, 0], keep[:, 1]), -1)
-    return Decays(carry, response, last, keep, (theta, active, fade, spread, mix, band))
+    last, keep = response[-1, :, :, None], memory[-1, :, :1]
+    if momentum is not None:
+        s = momentum[-1, :, 2:] * theta
+        last = torch.stack((response[-1], s if band is None else s @ band), -1)
+        keep = torch.cat((keep, momentum[-1, :, 1:2], memory[-1, :, 1:2]), 1)
+    carry = memory[:, :, :parts].transpose(0, 1)
+    return Decays(
+        carry, response.transpose(0, 1), last, keep, (theta, eta, alpha, active, memory, momentum, band)
+    )
 
 
 def decays_backward(
     decay: Decays, d_carry: Tensor, d_response: Tensor, d_last: Tensor, d_keep: Tensor
 ) -> tuple[Tensor | None, Tensor | None, Tensor]:
-    """Gradients of theta (None if it was None), eta (None without momentum) and alpha.
+    """Gradients (n, L) of theta (None if it was None), eta (None without momentum) and alpha.
 
-    Overwrites d_response and d_carry; what stands in d_response above the diagonal does not matter.
+    What stands in d_response above the diagonal does not matter.
     """
-    theta, active, fade, spread, mix, band = decay.saved
-    d_response[:, -1] += d_last[:, :, 0]
-    d_carry[:, -1] += d_keep[:, ::2]
-    d_s = None if spread is None else d_last[:, :, 1]
+    theta, eta, alpha, active, memory, momentum, band = decay.saved
+    parts = d_carry.shape[2]
+    d_s = None if momentum is None else d_last[:, :, 1]
+    d_response = d_response.transpose(0, 1).contiguous()
+    d_response[-1] += d_last[:, :, 0]
     if band is not None:
         d_response = d_response @ band.T
-        d_s = None if d_s is None else d_s @ band.T
-    d_theta, d_eta, d_mix = None, None, d_response
-    if theta is not None:
-        d_theta = (d_response * mix).sum(1)
-        d_mix = d_response * theta[:, None]
-    d_fade = torch.cat((d_carry[:, :, :1], d_mix), -1)
-    if spread is not None:
-        d_theta += d_s * spread[:, -1, 1:]
-        left = fade[:, :, 1:] if active is None else fade[:, :, 1:] * active[:, None]
-        d_both = torch.cat((d_carry[:, :, 1:], d_mix), -1)
-        d_spread = left.mT @ d_both
-        d_spread[:, -1, 1:].addcmul_(d_s, theta)
-        d_spread[:, -1, 0] += d_keep[:, 1]
-        d_eta = products_backward(spread, d_spread)
-        d_left = d_both @ spread.mT
-        d_fade[:, :, 1:] = d_left if active is None else d_left * active[:, None]
-    return d_theta, d_eta, -products_backward(fade, d_fade)
+        d_s = None if momentum is None else d_s @ band.T
+    d_theta = None
+    d_memory = torch.empty_like(memory)
+    d_memory[:, :, :parts] = d_carry.transpose(0, 1)
+    d_memory[-1, :, 0] += d_keep[:, 0]
+    if theta is None:
+        d_memory[:, :, 1:] = d_response
+    else:
+        d_theta = (d_response * memory[:, :, parts:]).sum(0)
+        torch.mul(d_response, theta, out=d_memory[:, :, parts:])
+    if momentum is None:
+        return d_theta, None, run_on_backward(d_memory, memory, by_token(1 - alpha), 0).neg_()
+    d_memory[-1, :, 1] += d_keep[:, 2]
+    d_retain = run_on_backward(d_memory, memory, by_token(1 - alpha), 0)
+    d_momentum = d_memory if active is None else d_memory * by_token(active)
+    d_theta += d_s * momentum[-1, :, 2:]
+    d_momentum[-1, :, 2:].addcmul_(d_s, theta)
+    d_momentum[-1, :, 1] += d_keep[:, 1]
+    return d_theta, run_on_backward(d_momentum, momentum, by_token(eta), 1), d_retain.neg_()
 
 
-def products(x: Tensor) -> Tensor:
-    """D_x: (n, L) to (n, L, L + 1)."""
-    length = x.shape[1]
-    before = x.new_ones(length, length + 1, dtype=torch.bool).tril()  # i < t: the factor x_t is in
-    return torch.where(before, x[:, :, None], 1).cumprod(1).tril_(1)
+def by_token(gate: Tensor) -> Tensor:
+    """(n, L) to (L, n, 1)."""
+    return gate.T.contiguous()[..., None]
 
 
-def products_backward(d: Tensor, grad: Tensor) -> Tensor:
-    """The gradient (n, L) of x from that of D_x: x_t is a factor of D[s, i] for i < t ≤ s, beside D[s, t] D[t − 1, i].
+def run_on(added: Tensor, factor: Tensor, start: int) -> Tensor:
+    """The rows row_t = factor_t row_{t−1} + added_t; row_0 is 1 in column `start`. added: (L, n, W)."""
+    rows = torch.empty_like(added)
+    rows[0] = added[0]
+    rows[0, :, start] += factor[0, :, 0]
+    for t in range(1, len(added)):
+        torch.addcmul(added[t], rows[t - 1], factor[t], out=rows[t])
+    return rows
 
-    The row before the first is (1, 0, ..., 0).
-    """
-    later = d[:, :, 1:].mT @ grad
-    out = torch.empty_like(d[:, :, 0])
-    out[:, 0] = later[:, 0, 0]
-    torch.sum(later[:, 1:] * d[:, :-1], -1, out=out[:, 1:])
-    return out
+
+def run_on_backward(grad: Tensor, rows: Tensor, factor: Tensor, start: int) -> Tensor:
+    """The gradient (n, L) of `factor` from that of the rows, which is overwritten by that of `added`."""
+    for t in reversed(range(len(grad) - 1)):
+        grad[t].addcmul_(grad[t + 1], factor[t + 1])
+    d_factor = torch.empty_like(factor[..., 0])
+    d_factor[0] = grad[0, :, start]
+    torch.sum(grad[1:] * rows[:-1], -1, out=d_factor[1:])
+    return d_factor.T
 
 
 def in_window(length: int, window: int, like: Tensor) -> Tensor:

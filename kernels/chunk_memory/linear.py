@@ -1,12 +1,12 @@
-"""One linear memory through chunks: what is read from it, what is written into it, and the gradients of both.
+"""One linear memory through a group of chunks: what is read from it, what is written into it, and the gradients.
 
-A layer's state X stacks M over S: (P d_in, d_out), P = 2 with momentum, else 1. Source r writes k_rᵀ w_r. With the
+Its state X stacks M over S: (P d_in, d_out), P = 2 with momentum and else 1. Source r writes k_rᵀ w_r. With the
 coefficients of `decay.py`, for all tokens of a chunk at once,
 
     read:   O  = [β∘Q | f∘Q] X + (QKᵀ ∘ G) W
     write:  M' = β_L M + f_L S + (G_L∘K)ᵀ W        S' = m_L S + (s∘K)ᵀ W
 
-Many chunks are read together; they are written one after the other. All tensors are 3-d, first the batch.
+Chunks are written one after the other; all are read together.
 """
 
 from __future__ import annotations
@@ -17,69 +17,91 @@ from torch import Tensor
 from .decay import Decays
 
 
-def read(q: Tensor, k: Tensor, w: Tensor, x: Tensor, decay: Decays) -> Tensor:
-    """q (n, L, d_in), k (n, K, d_in), w (n, K, d_out), x (n, P d_in, d_out) before the chunk: (n, L, d_out)."""
-    weights = torch.bmm(q, k.mT).mul_(decay.response)
-    return torch.bmm(copies(q, decay.carry), x).baddbmm_(weights, w)
+class Layer:
+    """g chunks of N memories, with K sources to a chunk.
 
-
-def read_backward(grad: Tensor, q: Tensor, k: Tensor, w: Tensor, x: Tensor, decay: Decays, d_x: Tensor):
-    """Gradients of q, k, w, decay.carry and decay.response. That of x is written into d_x."""
-    scores = torch.bmm(q, k.mT)
-    d_w = torch.bmm((scores * decay.response).mT, grad)
-    d_weights = torch.bmm(grad, w.mT)
-    d_response = scores.mul_(d_weights)
-    d_scores = d_weights.mul_(decay.response)
-    torch.bmm(copies(q, decay.carry).mT, grad, out=d_x)
-    d_q, d_carry = copies_backward(torch.bmm(grad, x.mT), q, decay.carry)
-    d_q.baddbmm_(d_scores, k)
-    d_k = torch.bmm(d_scores.mT, q)
-    return d_q, d_k, d_w, d_carry, d_response
-
-
-def write(k: Tensor, w: Tensor, x: Tensor, last: Tensor, keep: Tensor, out: Tensor) -> None:
-    """The state after a chunk, into `out`: k, w and x as in `read`, last (n, K, P) as in Decays.
-
-    keep: (n, 3), β_L, m_L and f_L; (n, 1), β_L, without momentum.
+    k: (g, N, K, d_in), w: (g, N, K, d_out), what the sources write; x: (g + 1, N, P d_in, d_out), the state before each
+    chunk and after the last. A chunk's k and w have to be there for `write`, and x[0]; `write` does the rest of x.
+    The gradients d_k, d_w and d_x come from `read_backward`; `write_backward` adds to them.
     """
-    old, new = parts(x, last), parts(out, last)
-    torch.mul(old, keep[:, : len_parts(last), None, None], out=new)
-    if len_parts(last) == 2:
-        new[:, 0].addcmul_(old[:, 1], keep[:, 2, None, None])
-    out.baddbmm_(copies(k, last).mT, w)
+
+    def __init__(self, k: Tensor, w: Tensor, x: Tensor, decay: Decays):
+        self.k, self.w, self.x, self.decay = k, w, x, decay
+        self.group = k.shape[:2]
+        self.last, self.keep = (each.unflatten(0, self.group) for each in (decay.last, decay.keep))
+        self.parts = self.last.shape[3]
+        self.k_copies = k.new_empty(*k.shape[:3], self.parts * k.shape[3])
+
+    def m(self, x: Tensor) -> Tensor:
+        """M, the upper part of a state (or of its gradient)."""
+        return x[:, : self.k.shape[3]]
+
+    def read(self, q: Tensor) -> Tensor:
+        """q (g N, L, d_in) to (g N, L, d_out). After all writes."""
+        k, w, x = flat(self.k, self.w, self.x[:-1])
+        weights = torch.bmm(q, k.mT).mul_(self.decay.response)
+        return torch.bmm(copies(q, self.decay.carry), x).baddbmm_(weights, w)
+
+    def read_backward(self, q: Tensor, grad: Tensor, d_end: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of q, decay.carry and decay.response; sets d_k, d_w and d_x. d_end: that of the last state."""
+        k, w, x = flat(self.k, self.w, self.x[:-1])
+        scores = torch.bmm(q, k.mT)
+        d_w = torch.bmm((scores * self.decay.response).mT, grad)
+        d_weights = torch.bmm(grad, w.mT)
+        d_response = scores.mul_(d_weights)
+        d_scores = d_weights.mul_(self.decay.response)
+        d_k = torch.bmm(d_scores.mT, q)
+        d_q, d_carry = copies_backward(torch.bmm(grad, x.mT), q, self.decay.carry)
+        d_q.baddbmm_(d_scores, k)
+        self.d_k, self.d_w = (each.unflatten(0, self.group) for each in (d_k, d_w))
+        self.d_x = torch.empty_like(self.x)
+        self.d_x[-1] = d_end
+        torch.bmm(copies(q, self.decay.carry).mT, grad, out=self.d_x[:-1].flatten(0, 1))
+        return d_q, d_carry, d_response
+
+    def write(self, p: int) -> None:
+        """x[p + 1] from x[p]."""
+        before, after = self.x[p].unflatten(1, (self.parts, -1)), self.x[p + 1].unflatten(1, (self.parts, -1))
+        keep = self.keep[p, :, :, None, None]
+        torch.mul(before, keep[:, : self.parts], out=after)
+        if self.parts == 2:
+            after[:, 0].addcmul_(before[:, 1], keep[:, 2])
+        self.x[p + 1].baddbmm_(self.copy(p).mT, self.w[p])
+
+    def copy(self, p: int) -> Tensor:
+        """Chunk p's [G_L∘K | s∘K], (N, K, P d_in)."""
+        copy = self.k_copies[p]
+        torch.mul(self.k[p, :, :, None], self.last[p, ..., None], out=copy.unflatten(2, (self.parts, -1)))
+        return copy
+
+    def write_backward(self, p: int) -> None:
+        """Adds to d_x[p], d_k[p] and d_w[p] what they owe to d_x[p + 1]; leaves the decays to `decays_backward`."""
+        before, after = (self.d_x[i].unflatten(1, (self.parts, -1)) for i in (p, p + 1))
+        keep = self.keep[p, :, :, None, None]
+        before.addcmul_(after, keep[:, : self.parts])
+        if self.parts == 2:
+            before[:, 1].addcmul_(after[:, 0], keep[:, 2])
+        self.d_w[p].baddbmm_(self.copy(p), self.d_x[p + 1])
+        d_copies = self.k_copies[p]  # their last use
+        torch.bmm(self.w[p], self.d_x[p + 1].mT, out=d_copies)
+        for part, d_k in enumerate(d_copies.unflatten(2, (self.parts, -1)).unbind(2)):
+            self.d_k[p].addcmul_(d_k, self.last[p, :, :, part, None])
+
+    def decays_backward(self) -> tuple[Tensor, Tensor]:
+        """Gradients of decay.last and decay.keep, after all of `write_backward`."""
+        d_copies = self.k_copies.unflatten(3, (self.parts, -1))
+        d_last = (d_copies * self.k[:, :, :, None]).sum(-1)
+        after, before = (x.unflatten(2, (self.parts, -1)) for x in (self.d_x[1:], self.x[:-1]))
+        d_keep = (after * before).sum((3, 4))
+        if self.parts == 2:
+            f = (after[:, :, 0] * before[:, :, 1]).sum((2, 3))
+            d_keep = torch.cat((d_keep, f[..., None]), 2)
+        return d_last.flatten(0, 1), d_keep.flatten(0, 1)
 
 
-def write_backward(
-    grad: Tensor,
-    k: Tensor,
-    w: Tensor,
-    x: Tensor,
-    last: Tensor,
-    keep: Tensor,
-    d_k: Tensor,
-    d_w: Tensor,
-    d_x: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """Adds the gradients of k, w and x to d_k, d_w and d_x; returns those of `last` and `keep`."""
-    d_w.baddbmm_(copies(k, last), grad)
-    d_key, d_last = copies_backward(torch.bmm(w, grad.mT), k, last)
-    d_k += d_key
-    new, old, d_old = parts(grad, last), parts(x, last), parts(d_x, last)
-    d_keep = (new * old).sum((2, 3))
-    d_old.addcmul_(new, keep[:, : len_parts(last), None, None])
-    if len_parts(last) == 2:
-        d_keep = torch.cat((d_keep, (new[:, :1] * old[:, 1:]).sum((2, 3))), 1)
-        d_old[:, 1].addcmul_(new[:, 0], keep[:, 2, None, None])
-    return d_last, d_keep
-
-
-def len_parts(coefficients: Tensor) -> int:
-    return coefficients.shape[-1]
-
-
-def parts(x: Tensor, coefficients: Tensor) -> Tensor:
-    """(n, P d_in, d_out) as (n, P, d_in, d_out): M and S."""
-    return x.unflatten(1, (len_parts(coefficients), -1))
+def flat(*tensors: Tensor) -> list[Tensor]:
+    """(g, N, ...) as (g N, ...)."""
+    return [x.flatten(0, 1) for x in tensors]
 
 
 def copies(x: Tensor, coefficients: Tensor) -> Tensor:
@@ -88,9 +110,9 @@ def copies(x: Tensor, coefficients: Tensor) -> Tensor:
 
 
 def copies_backward(grad: Tensor, x: Tensor, coefficients: Tensor) -> tuple[Tensor, Tensor]:
-    grad = grad.unflatten(2, (len_parts(coefficients), -1))
+    grad = grad.unflatten(2, (coefficients.shape[2], -1))
     d_coefficients = (grad * x[:, :, None]).sum(-1)
     d_x = grad[:, :, 0] * coefficients[:, :, :1]
-    if len_parts(coefficients) == 2:
+    if coefficients.shape[2] == 2:
         d_x.addcmul_(grad[:, :, 1], coefficients[:, :, 1:])
     return d_x, d_coefficients

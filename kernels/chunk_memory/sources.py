@@ -1,12 +1,14 @@
-"""What the tokens of a chunk write, for each rule: keys k and values w such that the step is kᵀ w, and the gradients.
+"""What the tokens of a chunk write, for each rule: values w such that the step is kᵀ w, and the gradients.
 
 The inner gradient of a linear memory at M is 2 kᵀ (kM − v), so its step is kᵀ w with w = 2 (v − kM). A memory of two
 layers, Y = gelu(H) W2 with H = K W1, is two linear memories, with keys K and A = gelu(H):
 
     w2 = 2 (V − A W2)        w1 = (w2 W2ᵀ) ∘ gelu'(H)
 
-Each class holds a group of g chunks, tensors (g, N, K, width) for N = batch × heads and K sources to a chunk:
-`keys` and `values`, one each for a layer. `write` fills in chunk p once its anchor is known, the M's (N, d_in, d_out).
+Each class holds a group of g chunks with streams k, v (g, N, K, width) for N = batch × heads and K sources to a chunk,
+and the memory's layers. `fill` fills in the layers' w (and k, in the second) for chunk p, once the anchor of the chunk
+is known: the M's (N, d_in, d_out). `fill_backward` adds to the layers' gradients and to that of the anchor. `close`
+gives the gradients of k, v and, where the values depend on it, theta; it may add to those of the decays.
 """
 
 from __future__ import annotations
@@ -17,76 +19,76 @@ import torch
 from torch import Tensor
 
 from .decay import Decays
+from .linear import Layer, flat
 
 
 class Hebbian:
     """gradient "none": w = v."""
 
-    def __init__(self, k: Tensor, v: Tensor):
-        self.keys, self.values = [k], [v]
+    def __init__(self, k: Tensor, v: Tensor, x: list[Tensor], decay: Decays):
+        self.layers = [Layer(k, v, x[0], decay)]
 
-    def write(self, p: int, anchor: list[Tensor]) -> None:
+    def fill(self, p: int, anchor: list[Tensor]) -> None:
         pass
 
-    def write_backward(self, p, anchor, d_keys, d_values, d_anchor) -> None:
+    def fill_backward(self, p: int, anchor: list[Tensor], d_anchor: list[Tensor]) -> None:
         pass
 
-    def close(self, d_keys: list[Tensor], d_values: list[Tensor], *_) -> tuple[Tensor, Tensor, None]:
-        """Gradients of k, v and theta from those of keys and values, once all chunks are through `write_backward`."""
-        return d_keys[0], d_values[0], None
+    def close(self, d_carry: Tensor, d_response: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        return self.layers[0].d_k, self.layers[0].d_w, None
 
 
 class OneLayer:
     """gradient "chunk" at depth 1: w = 2 (v − kM)."""
 
-    def __init__(self, k: Tensor, v: Tensor):
+    def __init__(self, k: Tensor, v: Tensor, x: list[Tensor], decay: Decays):
         self.k, self.v = k, v
-        self.keys, self.values = [k], [torch.empty_like(v)]
+        self.layers = [Layer(k, torch.empty_like(v), x[0], decay)]
 
-    def write(self, p: int, anchor: list[Tensor]) -> None:
-        torch.baddbmm(self.v[p], self.k[p], anchor[0], beta=2, alpha=-2, out=self.values[0][p])
+    def fill(self, p, anchor):
+        torch.baddbmm(self.v[p], self.k[p], anchor[0], beta=2, alpha=-2, out=self.layers[0].w[p])
 
-    def write_backward(self, p, anchor, d_keys, d_values, d_anchor) -> None:
-        """Adds to the gradients of keys (..., of chunk p) and of the anchor what the values owe to them."""
-        d_w = d_values[0][p]
-        d_keys[0][p].baddbmm_(d_w, anchor[0].mT, alpha=-2)
-        d_anchor[0].baddbmm_(self.k[p].mT, d_w, alpha=-2)
+    def fill_backward(self, p, anchor, d_anchor):
+        layer = self.layers[0]
+        layer.d_k[p].baddbmm_(layer.d_w[p], anchor[0].mT, alpha=-2)
+        d_anchor[0].baddbmm_(self.k[p].mT, layer.d_w[p], alpha=-2)
 
-    def close(self, d_keys, d_values, *_):
-        return d_keys[0], d_values[0].mul_(2), None
+    def close(self, d_carry, d_response):
+        return self.layers[0].d_k, self.layers[0].d_w.mul_(2), None
 
 
 class TwoLayers:
     """gradient "chunk" at depth 2."""
 
-    def __init__(self, k: Tensor, v: Tensor, hidden: int):
+    def __init__(self, k: Tensor, v: Tensor, x: list[Tensor], decay: Decays):
         self.k, self.v = k, v
-        self.h, a, self.back, w1 = (k.new_empty(*k.shape[:3], hidden) for _ in range(4))
-        self.keys, self.values = [k, a], [w1, torch.empty_like(v)]
+        hidden = x[0].shape[-1]
+        self.h, a, self.error, w1 = (k.new_empty(*k.shape[:3], hidden) for _ in range(4))
+        self.layers = [Layer(k, w1, x[0], decay), Layer(a, torch.empty_like(v), x[1], decay)]
 
-    def write(self, p: int, anchor: list[Tensor]) -> None:
-        h, a, back, w2 = self.h[p], self.keys[1][p], self.back[p], self.values[1][p]
-        torch.bmm(self.k[p], anchor[0], out=h)
-        gelu(h, out=a)
-        torch.baddbmm(self.v[p], a, anchor[1], beta=2, alpha=-2, out=w2)
-        torch.bmm(w2, anchor[1].mT, out=back)
-        gelu_backward(back, h, out=self.values[0][p])
+    def fill(self, p, anchor):
+        first, second = self.layers
+        torch.bmm(self.k[p], anchor[0], out=self.h[p])
+        gelu(self.h[p], out=second.k[p])
+        torch.baddbmm(self.v[p], second.k[p], anchor[1], beta=2, alpha=-2, out=second.w[p])
+        torch.bmm(second.w[p], anchor[1].mT, out=self.error[p])
+        gelu_backward(self.error[p], self.h[p], out=first.w[p])
 
-    def write_backward(self, p, anchor, d_keys, d_values, d_anchor) -> None:
-        h, a, back, w2 = self.h[p], self.keys[1][p], self.back[p], self.values[1][p]
-        d_w1, d_w2 = d_values[0][p], d_values[1][p]
-        d_a = d_keys[1][p]
-        d_back = gelu_backward(d_w1, h)
-        d_w2.baddbmm_(d_back, anchor[1])
-        d_anchor[1].baddbmm_(d_back.mT, w2)
+    def fill_backward(self, p, anchor, d_anchor):
+        first, second = self.layers
+        h, a, w2 = self.h[p], second.k[p], second.w[p]
+        d_w1, d_w2, d_a = first.d_w[p], second.d_w[p], second.d_k[p]
+        d_error = gelu_backward(d_w1, h)
+        d_w2.baddbmm_(d_error, anchor[1])
+        d_anchor[1].baddbmm_(d_error.mT, w2).baddbmm_(a.mT, d_w2, alpha=-2)
         d_a.baddbmm_(d_w2, anchor[1].mT, alpha=-2)
-        d_anchor[1].baddbmm_(a.mT, d_w2, alpha=-2)
-        d_h = gelu_backward(d_a, h).add_(gelu_curvature(h).mul_(d_w1).mul_(back))
-        d_keys[0][p].baddbmm_(d_h, anchor[0].mT)
+        d_h = gelu_backward(d_a, h, out=d_error)
+        d_h += gelu_curvature(h).mul_(d_w1).mul_(self.error[p])
+        first.d_k[p].baddbmm_(d_h, anchor[0].mT)
         d_anchor[0].baddbmm_(self.k[p].mT, d_h)
 
-    def close(self, d_keys, d_values, *_):
-        return d_keys[0], d_values[1].mul_(2), None
+    def close(self, d_carry, d_response):
+        return self.layers[0].d_k, self.layers[1].d_w.mul_(2), None
 
 
 class Delta:
@@ -96,46 +98,48 @@ class Delta:
 
         T W = b∘V − (b β∘K) M_0,        T = I + b ∘ strictly lower part of (G ∘ KKᵀ)
 
-    and W = V' − K' M_0 with V' and K' solved from T for all chunks at once. M_0 is the chunk's first memory.
+    and W = V' − K' M_0, with [K' | V'] solved from T [K' | V'] = b∘[β∘K | V] for all chunks at once. The anchor is M_0.
     """
 
-    def __init__(self, k: Tensor, v: Tensor, theta: Tensor, decay: Decays):
-        self.k, self.v, self.decay = k, v, decay
+    def __init__(self, k: Tensor, v: Tensor, x: list[Tensor], decay: Decays, theta: Tensor):
+        self.k, self.v, self.decay = *flat(k, v), decay
         self.b = 2 * theta[..., None]
-        flat_k, flat_v = k.flatten(0, 1), v.flatten(0, 1)
-        self.gram = torch.bmm(flat_k, flat_k.mT).tril_(-1)
-        self.system = (
-            self.b * decay.response * self.gram
-        )  # less the 1s of the diagonal, which the solver supplies
-        right = self.b * torch.cat((decay.carry * flat_k, flat_v), -1)
+        self.gram = torch.bmm(self.k, self.k.mT).tril_(-1)
+        self.system = self.b * decay.response * self.gram  # the solver supplies the 1s of the diagonal
+        right = self.b * torch.cat((decay.carry * self.k, self.v), -1)
         self.solved = torch.linalg.solve_triangular(self.system, right, upper=False, unitriangular=True)
-        solved_k, solved_v = self.solved.split((k.shape[-1], v.shape[-1]), -1)
-        self.solved_k, self.solved_v = solved_k.view_as(k), solved_v.view_as(v)
-        self.keys, self.values = [k], [torch.empty_like(v)]
         self.d_solved = torch.empty_like(self.solved)
+        self.group, self.split = k.shape[:2], (k.shape[-1], v.shape[-1])
+        self.layers = [Layer(k, torch.empty_like(v), x[0], decay)]
 
-    def write(self, p: int, anchor: list[Tensor]) -> None:
-        torch.baddbmm(self.solved_v[p], self.solved_k[p], anchor[0], alpha=-1, out=self.values[0][p])
+    def columns(self, both: Tensor) -> tuple[Tensor, Tensor]:
+        return both.unflatten(0, self.group).split(self.split, -1)
 
-    def write_backward(self, p, anchor, d_keys, d_values, d_anchor) -> None:
-        d_anchor[0].baddbmm_(self.solved_k[p].mT, d_values[0][p], alpha=-1)
-        d_solved = self.d_solved.view(*self.k.shape[:3], -1)[p]
-        d_solved[..., : self.k.shape[-1]] = torch.bmm(d_values[0][p], anchor[0].mT).neg_()
-        d_solved[..., self.k.shape[-1] :] = d_values[0][p]
+    def fill(self, p, anchor):
+        k, v = self.columns(self.solved)
+        torch.baddbmm(v[p], k[p], anchor[0], alpha=-1, out=self.layers[0].w[p])
 
-    def close(self, d_keys, d_values, d_carry: Tensor, d_response: Tensor):
-        k, v, b, decay = self.k.flatten(0, 1), self.v.flatten(0, 1), self.b, self.decay
+    def fill_backward(self, p, anchor, d_anchor):
+        k, _ = self.columns(self.solved)
+        d_k, d_v = self.columns(self.d_solved)
+        d_w = self.layers[0].d_w[p]
+        d_anchor[0].baddbmm_(k[p].mT, d_w, alpha=-1)
+        d_k[p] = torch.bmm(d_w, anchor[0].mT).neg_()
+        d_v[p] = d_w
+
+    def close(self, d_carry, d_response):
+        b, response, gram = self.b, self.decay.response, self.gram
         d_right = torch.linalg.solve_triangular(self.system.mT, self.d_solved, upper=True, unitriangular=True)
         d_system = torch.bmm(d_right, self.solved.mT).tril_(-1).neg_()
-        d_right_k, d_right_v = d_right.split((k.shape[-1], v.shape[-1]), -1)
-        d_b = (d_system * decay.response * self.gram).sum(-1, keepdim=True)
-        d_b += (d_right_k * k).sum(-1, keepdim=True) * decay.carry + (d_right_v * v).sum(-1, keepdim=True)
-        d_carry += b * (d_right_k * k).sum(-1, keepdim=True)
-        d_response += d_system * b * self.gram
-        d_gram = d_system * b * decay.response
-        d_k = d_keys[0].flatten(0, 1)
-        d_k += b * decay.carry * d_right_k + torch.bmm(d_gram, k) + torch.bmm(d_gram.mT, k)
-        return d_keys[0], (b * d_right_v).view_as(self.v), 2 * d_b[..., 0]
+        d_right_k, d_right_v = d_right.split(self.split, -1)
+        of_k, of_v = ((d * x).sum(-1, keepdim=True) for d, x in ((d_right_k, self.k), (d_right_v, self.v)))
+        d_b = (d_system * response * gram).sum(-1, keepdim=True) + of_k * self.decay.carry + of_v
+        d_carry += b * of_k
+        d_response += b * d_system * gram
+        d_gram = b * d_system * response
+        d_k = b * self.decay.carry * d_right_k + torch.bmm(d_gram + d_gram.mT, self.k)
+        d_k, d_v = (d.unflatten(0, self.group) for d in (d_k, b * d_right_v))
+        return self.layers[0].d_k + d_k, d_v, 2 * d_b[..., 0]
 
 
 def gelu(x: Tensor, out: Tensor) -> Tensor:
@@ -144,8 +148,7 @@ def gelu(x: Tensor, out: Tensor) -> Tensor:
 
 def gelu_backward(grad: Tensor, x: Tensor, out: Tensor | None = None) -> Tensor:
     """grad ∘ gelu'(x)."""
-    if out is None:
-        out = torch.empty_like(grad)
+    out = torch.empty_like(grad) if out is None else out
     return torch.ops.aten.gelu_backward.grad_input(grad, x, grad_input=out)
 
 
