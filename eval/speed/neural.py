@@ -6,11 +6,13 @@
 `layers`: width 256, 4 heads of 64, chunks of 64, 2 × 1,024 tokens, float32, forward and backward to input and
 parameters, projections included, all arms in every round. Peers are set as near to ours as their switches go:
 
-* `titans-pytorch` (PyPI) with `chunk_size=64, batch_size=64`: gradients of a chunk at its first weights, every chunk
-  starts from the last one's. Its step θ is one a token; its momentum, its decay and the memory that is read are one
-  a chunk, where ours are one a token, so it does less (with `chunk_size=1` they are one a token, and it makes the
-  weights of every token). SiLU, norms of queries, keys and output as ours; norm of the input, norm and residual inside
-  the memory off, since ours has none. It has no convolution, and one output gate a head where ours has one a channel.
+* `titans-pytorch` (PyPI) with `chunk_size=64, batch_size=64`, as one would use it: gradients of a chunk at its first
+  weights, every chunk starts from the last one's. Its step θ is one a token, but momentum, decay and the memory that
+  is read are one a chunk, where ours are one a token: less work, and a coarser rule. `gates a token` has `chunk_size=1,
+  batch_size=64`, which is exactly our rule (tests/eval/test_neural_benchmark.py) and makes the weights of every token;
+  depth 1 only, for at depth 2 it takes about 13 GB. SiLU, norms of queries, keys and output as ours; norm of the input,
+  norm and residual inside the memory off, since ours has none. It has no convolution, and one output gate a head where
+  ours has one a channel.
 * `ttt-lm TTTLinear` (github.com/test-time-training/ttt-lm-pytorch, on no package index: give the path of its `ttt.py`)
   with `mini_batch_size=64` beside our rule `ttt`. It has a norm and a residual inside the memory, rotary positions and
   an output gate; ours has convolutions. It is used as it is.
@@ -38,7 +40,12 @@ from memlayers.eval.speed.timing import installed, peak_memories, percentiles, t
 
 OURS = "memlayers"
 TITANS, TTT = "titans-pytorch", "ttt-lm TTTLinear"
-PEERS = {f"{TITANS}, {depth}": f"{OURS}, titans, {depth}" for depth in ("depth 1", "depth 2")}
+TITANS_ARMS = {  # depth, and whether momentum and decay are one a token
+    f"{TITANS}, depth 1": (1, False),
+    f"{TITANS}, depth 1, gates a token": (1, True),
+    f"{TITANS}, depth 2": (2, False),
+}
+PEERS = {peer: f"{OURS}, titans, depth {depth}" for peer, (depth, _) in TITANS_ARMS.items()}
 PEERS[TTT] = f"{OURS}, ttt, depth 1"
 """Each peer, and the arm of ours that does its work."""
 MAX_STEP = 0.01  # of θ, so that no untrained memory grows without bound on random tokens
@@ -54,8 +61,8 @@ def layers(width: int, heads: int, chunk: int, device: str, ttt_lm: Path | None)
         )
         arms[f"{OURS}, {rule}, depth {depth}"] = _OutputAlone(ml.NeuralMemory(config, width))
     if installed(TITANS):
-        for depth in (1, 2):
-            arms[f"{TITANS}, depth {depth}"] = _OutputAlone(_titans_pytorch(width, heads, chunk, depth))
+        for name, switches in TITANS_ARMS.items():
+            arms[name] = _OutputAlone(titans_pytorch(width, heads, chunk, *switches))
     if ttt_lm is not None:
         arms[TTT] = _TTTLinear(ttt_lm, width, heads, chunk)
     return {name: layer.to(device) for name, layer in arms.items()}
@@ -72,12 +79,13 @@ class _OutputAlone(nn.Module):
         return self.layer(x)[0]
 
 
-def _titans_pytorch(width: int, heads: int, chunk: int, depth: int) -> nn.Module:
+def titans_pytorch(width: int, heads: int, chunk: int, depth: int, gates_a_token: bool) -> nn.Module:
+    """The peer's layer, as near to ours as its switches go."""
     from titans_pytorch import MemoryMLP, NeuralMemory
 
     return NeuralMemory(
         dim=width,
-        chunk_size=chunk,
+        chunk_size=1 if gates_a_token else chunk,
         batch_size=chunk,
         heads=heads,
         dim_head=width // heads,

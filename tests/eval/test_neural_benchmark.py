@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 from memlayers.cli import app
 from memlayers.eval.speed import chunk_memory as core
 from memlayers.eval.speed import neural
+from memlayers.kernels.chunk_memory import ChunkState, chunk_memory
 
 SMALL = {"width": 16, "heads": 2, "chunk": 4}
 SMALL_CORE = {"batch": 1, "heads": 2, "length": 8, "dim": 4, "chunk": 4}
@@ -54,6 +55,33 @@ def test_every_layer_gives_and_takes_gradients(ttt_lm):
         assert all("memory_model.weights" in n for n in unused), (
             name
         )  # titans-pytorch's template of its memory
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_titans_pytorch_with_gates_a_token_is_our_rule(depth):
+    """Its memory, fed with its own keys, values, queries and gates, reads what `chunk_memory` reads, over chunks."""
+    pytest.importorskip("titans_pytorch")
+    width = 8
+    peer = neural.titans_pytorch(2 * width, 2, chunk=4, depth=depth, gates_a_token=True).double()
+    peer.retrieve_gate, peer.combine_heads, peer.multihead_rmsnorm = (
+        None,
+        torch.nn.Identity(),
+        torch.nn.Identity(),
+    )
+    peer.adaptive_step_transform = lambda x: x.sigmoid()
+    x = torch.randn(3, 14, 2 * width, dtype=torch.float64)
+    q, k, v = (
+        project(x).unflatten(-1, (2, width)).transpose(1, 2)
+        for project in (peer.to_queries, peer.to_keys, peer.to_values)
+    )
+    gates = (peer.to_adaptive_step(x), peer.to_momentum(x), peer.to_decay_factor(x))
+    theta, eta, alpha = (gate.sigmoid().view(3, 2, 14) for gate in gates)
+    weights = tuple(w.expand(3, *w.shape) for w in peer.memory_model_parameters)
+    state = ChunkState(weights, tuple(torch.zeros_like(w) for w in weights), weights)
+    y, _ = chunk_memory(
+        peer.q_norm(q), peer.k_norm(k), v, theta / width, eta, alpha, state, chunk_size=4
+    )  # its loss is a mean over the width
+    torch.testing.assert_close(peer(x)[0], y.transpose(1, 2).flatten(2), rtol=1e-10, atol=1e-10)
 
 
 def test_rounds_ratios_and_peaks(ttt_lm):
