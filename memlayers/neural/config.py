@@ -33,7 +33,8 @@ class NeuralMemoryConfig(MemoryConfig):
         momentum: False takes the momentum from a rule that has it.
         decay: False takes the forgetting from a rule that has it.
         window: tokens whose gradients are taken together (`atlas`); None: 16 for `atlas`, else 1.
-        theta_max: greatest step θ.
+        theta_max: greatest step θ, with momentum θ / (1 − η). None: the greatest that is stable whatever the text
+            says, see `greatest_step`. Larger ones learn a little faster and run away where a text repeats itself.
         theta_bias: where θ / `theta_max` starts, before the sigmoid; None: see `start_biases`.
         eta_bias: where the momentum η starts, before the sigmoid.
         alpha_bias: where the forgetting α starts, before the sigmoid; None: see `start_biases`.
@@ -65,7 +66,7 @@ class NeuralMemoryConfig(MemoryConfig):
     momentum: bool = True
     decay: bool = True
     window: int | None = Field(None, ge=1)
-    theta_max: float = Field(1.0, gt=0)
+    theta_max: float | None = Field(None, gt=0)
     theta_bias: float | None = None
     eta_bias: float = 2.2
     alpha_bias: float | None = None
@@ -132,11 +133,36 @@ class NeuralMemoryConfig(MemoryConfig):
         return self.window or (16 if self.inner_rule.windowed else 1)
 
     @property
+    def greatest_step(self) -> float:
+        """`theta_max`, or the greatest θ with which no text makes the memory run away while the gates are steady.
+
+        With keys of length 1 a step θ takes 2 θ of the error away, and one token can at most take all of it: ½ for
+        `delta`. The tokens of a chunk see the same memory, so with equal keys they take 2 θ chunk_size window, which
+        must stay below 2. Two layers have a greater curvature: a quarter of that (found by trying). `decay` has no
+        error that could grow: 1.
+        """
+        if self.theta_max is not None:
+            return self.theta_max
+        if self.inner_rule.gradient == "chunk":
+            return 1 / (self.chunk_size * self.inner_window * (1 if self.depth == 1 else 4))
+        return 0.5 if self.inner_rule.gradient == "token" else 1.0
+
+    @property
     def start_biases(self) -> dict[str, float]:
-        """Where the gates start, before the sigmoid: θ near 0.1, η near 0.9, α near 0.01 (`mimetic`: 0.0003)."""
-        theta = -2.2 if self.theta_bias is None else self.theta_bias
-        alpha = (-8.0 if self.mimetic else -4.6) if self.alpha_bias is None else self.alpha_bias
-        return {"theta": theta, "eta": self.eta_bias, "alpha": alpha}
+        """Where the gates start, before the sigmoid.
+
+        θ at half of its greatest value (`delta`: an eighth, or it starts by erasing what it has just written), η at
+        0.9, α at 0.001, so that a thousand tokens are remembered, around 0.007 where it is one number a head, and
+        nearer to 0 with `mimetic` and at depth 2, where a memory that is forgotten has no gradient left to learn by.
+        """
+        theta = -2.0 if self.inner_rule.gradient == "token" else 0.0
+        alpha = -5.0 if self.inner_rule.constant_decay else -7.0
+        alpha = min(alpha, -10.0 if self.mimetic else 0.0, -9.0 if self.depth == 2 else 0.0)
+        return {
+            "theta": theta if self.theta_bias is None else self.theta_bias,
+            "eta": self.eta_bias,
+            "alpha": alpha if self.alpha_bias is None else self.alpha_bias,
+        }
 
     def width_of_head(self, hidden_size: int) -> int:
         """Width of a head in a model of width `hidden_size`.

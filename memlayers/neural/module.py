@@ -23,10 +23,11 @@ class NeuralMemory(nn.Module):
     With x a token, c the causal convolution and n the ℓ2-norm of a head:
 
         q = n(silu(c(x W_q))),   k = n(silu(c(x W_k))),   v = silu(c(x W_v))
-        θ = theta_max σ(x w_θ + b_θ),   η = σ(x w_η + b_η),   α = σ(x w_α + b_α),   one number a head
+        θ = theta_max σ(x w_θ + b_θ) (1 − η),   η = σ(x w_η + b_η),   α = σ(x w_α + b_α),   one number a head
         M ← step of the rule on (k, v),   output = (RMSNorm(M(q)) ⊙ silu(x W_g)) W_o
 
-    Every real token is written once and read after it was written. Rows do not see each other.
+    The factor 1 − η makes momentum spread a step over the tokens that follow instead of making it 1 / (1 − η) times
+    as large. Every real token is written once and read after it was written. Rows do not see each other.
 
     Args:
         config: fields, see `NeuralMemoryConfig`; `layers` and what belongs to one placement says nothing here,
@@ -219,7 +220,9 @@ class NeuralMemory(nn.Module):
             if self.alpha is not None:
                 alpha = torch.sigmoid(self.alpha.to(self.state_dtype))
                 gates["alpha"] = alpha[:, None].expand(gates["theta"].shape)
-            return self.config.theta_max * gates["theta"], gates.get("eta"), gates.get("alpha")
+            theta, eta = self.config.greatest_step * gates["theta"], gates.get("eta")
+            theta = theta if eta is None else theta * (1 - eta)
+            return theta, eta, gates.get("alpha")
 
     def _output(self, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """y (B, heads, T, head_dim) → (B, T, hidden_size)."""

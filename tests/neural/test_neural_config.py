@@ -77,13 +77,18 @@ def test_a_rule_has_what_the_fields_leave_it():
     assert parts(rule="decay", decay=False) == (False, False, 1)
 
 
-def test_start_biases():
-    assert NeuralMemoryConfig(mimetic=True).start_biases["alpha"] == -8.0
-    assert NeuralMemoryConfig(mimetic=True, alpha_bias=-3.0).start_biases["alpha"] == -3.0
-    assert NeuralMemoryConfig(theta_bias=0.5, eta_bias=1.5).start_biases == {
+def test_steps_and_where_the_gates_start():
+    def step(**fields):
+        return NeuralMemoryConfig(**{"chunk_size": 8, **fields}).greatest_step
+
+    assert step() == 1 / 8 and step(depth=2) == 1 / 32 and step(rule="atlas", window=2) == 1 / 16
+    assert step(rule="delta") == 0.5 and step(rule="decay") == 1.0 and step(theta_max=0.3) == 0.3
+    assert NeuralMemoryConfig(mimetic=True).start_biases["alpha"] < NeuralMemoryConfig().start_biases["alpha"]
+    given = {"theta_bias": 0.5, "eta_bias": 1.5, "alpha_bias": -3.0}
+    assert NeuralMemoryConfig(mimetic=True, depth=2, **given).start_biases == {
         "theta": 0.5,
         "eta": 1.5,
-        "alpha": -4.6,
+        "alpha": -3.0,
     }
 
 

@@ -122,17 +122,17 @@ def test_pads_change_nothing_wherever_rows_stand(fields, kind):
 @pytest.mark.parametrize("kernel", [0, 2, 4])
 def test_streams_equal_their_formula_with_gradients(kernel, monkeypatch):
     monkeypatch.setattr("memlayers.neural.streams.BLOCK", 16)  # two blocks
-    x = torch.randn(2, 11, 24, dtype=torch.float64, requires_grad=True)
-    weight = torch.randn(kernel, 24, dtype=torch.float64, requires_grad=True) if kernel else None
-    tail = torch.randn(2, kernel - 1, 24, dtype=torch.float64, requires_grad=True) if kernel else None
+    x = torch.randn(2, 10, 12, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(kernel, 12, dtype=torch.float64, requires_grad=True) if kernel else None
+    tail = torch.randn(2, kernel - 1, 12, dtype=torch.float64, requires_grad=True) if kernel else None
     q, k, v, new_tail = streams(x, 2, weight, tail, None)
     convolved = x
     if kernel:
         inputs = torch.cat([tail, x], 1)
         assert torch.equal(new_tail, inputs[:, -kernel + 1 :])
-        convolved = F.conv1d(inputs.mT, weight.T[:, None], groups=24).mT
+        convolved = F.conv1d(inputs.mT, weight.T[:, None], groups=12).mT
     for got, expected in zip((q, k, v), F.silu(convolved).chunk(3, -1)):
-        expected = expected.unflatten(-1, (2, 4)).transpose(1, 2)
+        expected = expected.unflatten(-1, (2, 2)).transpose(1, 2)
         if got is not v:
             expected = expected / (expected.square().sum(-1, keepdim=True) + 1e-6).sqrt()
         assert_same(got, expected)
@@ -307,10 +307,30 @@ def test_gates_start_where_the_config_says():
     module = NeuralMemory(
         NeuralMemoryConfig(theta_max=0.5, theta_bias=0.0, eta_bias=1.0, alpha_bias=-3.0), HIDDEN
     )
-    for gate, expected in zip(module._gates(x), (0.25, 0.731, 0.0474)):
+    for gate, expected in zip(module._gates(x), (0.25 * (1 - 0.731), 0.731, 0.0474)):
         assert gate.shape == (2, 4, 50) and abs(gate.mean() - expected) < 0.02 and gate.std() > 0
     alpha = NeuralMemory(NeuralMemoryConfig(rule="decay"), HIDDEN)._gates(x)[2]
     assert (alpha == alpha[:1, :, :1]).all() and alpha[0, :, 0].diff().min() > 0, "a constant a head, spread"
+
+
+@pytest.mark.parametrize("text", ["one token", "bursts", "random"])
+@pytest.mark.parametrize("fields", [*CASES, {"rule": "atlas", "window": 3, "momentum": False}], ids=str)
+def test_no_text_makes_it_run_away_however_the_gates_stand(fields, text):
+    """Gates anywhere between their ends, changing with every token, and no forgetting; bursts are as long as chunks."""
+    module = memory(torch.float32, **fields)
+    x = {
+        "one token": tokens(1, 1, dtype=torch.float32).expand(1, 512, -1),
+        "bursts": tokens(1, 512 // CHUNK, dtype=torch.float32).repeat_interleave(CHUNK, 1),
+        "random": tokens(1, 512, dtype=torch.float32),
+    }[text]
+    with torch.no_grad():
+        for gates in ("open", "wild"):
+            module.gates.weight.copy_(torch.randn_like(module.gates.weight) * (1 if gates == "wild" else 0))
+            for name, bias in zip(module.gate_names, module.gates.bias.view(-1, module.config.heads)):
+                bias.fill_({"theta": 20.0, "eta": 2.0, "alpha": -20.0}[name] if gates == "open" else 0.0)
+            y, state = module(x)
+            assert torch.isfinite(y).all()
+            assert state["weights.0"].norm() < 100
 
 
 @pytest.mark.parametrize("fields", CASES, ids=str)
