@@ -265,12 +265,9 @@ def _neural(name: str, additive: bool = False, **fields) -> Kind:
     return Kind(name, {"past": config}, additive=additive, segmented=segmented, decoding_writes=not segmented)
 
 
-# A memory of two layers with large random weights runs away at large steps.
-SLOW = {"theta_max": 0.1, "theta_bias": -2.0, "eta_bias": -1.0, "alpha_bias": -2.0}
-
 KINDS += [
     _neural("neural_mag", additive=True),
-    _neural("neural_mal", additive=True, depth=2, expansion=2, n_persistent_tokens=3, **SLOW),
+    _neural("neural_mal", additive=True, depth=2, expansion=2, n_persistent_tokens=3),
     _neural("neural_mac", placement="mac", segment_length=SEGMENT, n_persistent_tokens=2),
     _neural("neural_window", rule="delta", sliding_window=4),
 ]

@@ -68,7 +68,13 @@ class NeuralMemories(Memory):
         }
 
     def check_state(self, fields: Fields, name: str) -> None:
-        super().check_state(fields, name)
+        known = tuple(f"layers.{key}." for key in self.layers)
+        strange = [field for field in fields if not field.startswith(known)]
+        if strange:
+            raise ValueError(
+                f"memory {name!r}: the state has fields {sorted(strange)[:3]}, this memory is in layers "
+                f"{', '.join(self.layers)}; it was written by another memory"
+            )
         for key, layer in self.layers.items():
             layer.memory.check_state(self.part(fields, key), f"{name}.layers.{key}")
 

@@ -173,7 +173,7 @@ def test_a_plain_model_has_only_full_attention(tiny_llama, tokenizer):
     assert results["F"]["128"]["trained"] == results["F"]["128"]["base"]
     assert "no memory" in results["F"]["128"]["untrained"]["not_run"]
     assert "no memory" in results["F"]["128"]["memory_off"]["not_run"]
-    assert "memory that reads in segments" in results["D"]["128"]["trained"]["not_run"]
+    assert "memory that keeps a state" in results["D"]["128"]["trained"]["not_run"]
     assert report["config"]["window"] == 256
 
 
