@@ -4,7 +4,8 @@
 
 Compiles the COMPILE_CASES of each kernels/<family>/triton.py for four targets, with the compilers that triton
 brings. Not under TRITON_INTERPRET=1. A case is a dict: "name", "kernel", "signature" (argument to type,
-"constexpr" for those in "constexprs"), "constexprs", "num_warps"; pointers are taken as aligned to 16 bytes.
+"constexpr" for those in "constexprs"), "constexprs", "num_warps", and optionally "hip", what "constexprs" is on AMD
+instead; pointers are taken as aligned to 16 bytes.
 """
 
 from __future__ import annotations
@@ -48,7 +49,8 @@ def resources(case: dict, target: GPUTarget) -> dict[str, int]:
     aligned = {
         (i,): [["tt.divisibility", 16]] for i, kind in enumerate(signature.values()) if kind.startswith("*")
     }
-    source = ASTSource(kernel, signature=signature, constexprs=case["constexprs"], attrs=aligned)
+    constexprs = case["constexprs"] | case.get(target.backend, {})
+    source = ASTSource(kernel, signature=signature, constexprs=constexprs, attrs=aligned)
     with contextlib.redirect_stdout(io.StringIO()) as log, triton.knobs.compilation.scope():
         with triton.knobs.nvidia.scope():
             triton.knobs.compilation.always_compile = True  # what comes from the cache has no log
