@@ -20,10 +20,10 @@ from .group import Group, Rule
 from .layout import cut, paste, runs, silence, with_halo
 from .state import ChunkState
 
-# Chunks to a group: about GROUP_TOKENS tokens and at most GROUP_CHUNKS chunks; but so many that one state to a group,
-# which is saved, takes no more than SAVE times the room of the group's q, k and v. Where a state to a chunk takes no
-# more than SAVE_ALL times the room of the chunk's, all are saved and need not be computed again.
-GROUP_TOKENS = 512
+# Chunks to a group: GROUP_ROOM numbers for each stream of the widest layer, at most GROUP_CHUNKS chunks; but so many
+# that one state to a group, which is saved, takes no more than SAVE times the room of the group's q, k and v. Where a
+# state to a chunk takes no more than SAVE_ALL times the room of the chunk's, all are saved and not computed again.
+GROUP_ROOM = 2**16
 GROUP_CHUNKS = 32
 SAVE = 4
 SAVE_ALL = 1
@@ -97,12 +97,13 @@ class Run(torch.autograd.Function):
         now, kept, saved = given.states, given.anchors, []
         for chunks in given.groups():
             group = given.group(chunks, now)
-            group.write()
+            group.write(to_the_end=True)
             saved += [layer.x for layer in group.layers] if given.save_all else now
             now = [layer.x[-1].clone() for layer in group.layers]
             paste(y, group.read(), chunks, length)
             if reached is not None:
                 kept = group.move_anchors(kept, given.reached(chunks))
+            del group  # before the next one takes as much memory
         ctx.save_for_backward(reached, *inputs, *saved)
         ctx.rule, ctx.length, ctx.n_inputs = rule, length, len(inputs)
         after = now if reached is None else now + kept
@@ -126,12 +127,14 @@ class Given:
         self.states, self.anchors = rest[: rule.depth], rest[rule.depth :]
         self.extras = 0, rule.window - 1, rule.window - 1, 0, 0, 0, 0
         self.n_chunks = self.streams[0].shape[2] // length
-        q, _, v = self.streams
-        self.share = sum(x[0].numel() for x in self.states) / (length * (2 * q.shape[3] + v.shape[3]))
+        self.widest = max(x.shape[-1] for x in (*self.streams, *self.states))
+        tokens = length * sum(x.shape[3] for x in self.streams)
+        self.share = sum(x[0].numel() for x in self.states) / tokens
         self.save_all = self.share <= SAVE_ALL
 
     def groups(self) -> list[range]:
-        size = max(1, min(GROUP_TOKENS // self.length, GROUP_CHUNKS), ceil(self.share / SAVE))
+        size = min(GROUP_ROOM // (self.length * self.widest), GROUP_CHUNKS)
+        size = max(size, ceil(self.share / SAVE), 1)
         return [range(i, min(i + size, self.n_chunks)) for i in range(0, self.n_chunks, size)]
 
     def group(self, chunks: range, states: list[Tensor]) -> Group:
@@ -157,12 +160,13 @@ class Given:
         ]
         for i, chunks in reversed(list(enumerate(self.groups()))):
             group = self.group(chunks, saved[depth * i : depth * (i + 1)])
-            group.write()
+            group.write(to_the_end=False)
             reached = None if self.where_reached is None else self.reached(chunks)
             d_tokens, d_now, d_anchors = group.backward(self.cut(d_y, chunks), d_now, d_kept, reached)
             for x, pieces, extra in zip(d_inputs, d_tokens, self.extras):
                 if x is not None:
                     paste(x, pieces, chunks, self.length, extra)
+            del group, d_tokens, pieces
         if d_kept:
             d_anchors = [a + b for a, b in zip(d_anchors, d_kept)]
         return [*d_inputs, None, *(d.unflatten(0, d_y.shape[:2]) for d in (*d_now, *d_anchors))]

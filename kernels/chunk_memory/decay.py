@@ -16,6 +16,7 @@ once and stored by token: (L, n, P + L), P = 2 with momentum and else 1.
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -117,15 +118,17 @@ def run_on(added: Tensor, factor: Tensor, start: int) -> Tensor:
     rows = torch.empty_like(added)
     rows[0] = added[0]
     rows[0, :, start] += factor[0, :, 0]
-    for t in range(1, len(added)):
-        torch.addcmul(added[t], rows[t - 1], factor[t], out=rows[t])
+    steps = list(zip(added.unbind(), factor.unbind(), rows.unbind()))
+    for (_, _, before), (new, by, row) in pairwise(steps):
+        torch.addcmul(new, before, by, out=row)
     return rows
 
 
 def run_on_backward(grad: Tensor, rows: Tensor, factor: Tensor, start: int) -> Tensor:
     """The gradient (n, L) of `factor` from that of the rows, which is overwritten by that of `added`."""
-    for t in reversed(range(len(grad) - 1)):
-        grad[t].addcmul_(grad[t + 1], factor[t + 1])
+    steps = list(zip(grad.unbind(), factor.unbind()))
+    for (after, by), (row, _) in pairwise(reversed(steps)):
+        row.addcmul_(after, by)
     d_factor = torch.empty_like(factor[..., 0])
     d_factor[0] = grad[0, :, start]
     torch.sum(grad[1:] * rows[:-1], -1, out=d_factor[1:])

@@ -45,14 +45,16 @@ class Group:
         self.layers = self.sources.layers
 
     def anchor(self, p: int) -> list[Tensor]:
-        return self.anchors if p == 0 and self.anchors else [layer.m(layer.x[p]) for layer in self.layers]
+        return self.anchors if p == 0 and self.anchors else [layer.m(layer.x_of[p]) for layer in self.layers]
 
-    def write(self) -> None:
-        """Chunk after chunk: what the tokens write, and the states."""
+    def write(self, to_the_end: bool) -> None:
+        """Chunk after chunk: what the tokens write, and the states, that after the last chunk only if it is wanted."""
         for p in range(self.n_chunks):
             self.sources.fill(p, self.anchor(p))
-            for layer in self.layers if not self.written else ():
-                layer.write(p)
+            for layer in self.layers:
+                layer.copy(p)
+                if not self.written and (to_the_end or p + 1 < self.n_chunks):
+                    layer.write(p)
 
     def read(self) -> Tensor:
         """y: (g, N, L, d_v)."""
@@ -64,7 +66,7 @@ class Group:
     def move_anchors(self, anchors: list[Tensor], reached: Tensor) -> list[Tensor]:
         """The anchors after the last chunk: in rows that `reached` (g, N, 1, 1) the end of a chunk, their M there."""
         for p in range(self.n_chunks):
-            after = [layer.m(layer.x[p + 1]) for layer in self.layers]
+            after = [layer.m(layer.x_of[p + 1]) for layer in self.layers]
             anchors = [torch.where(reached[p], new, old) for new, old in zip(after, anchors)]
         return anchors
 
@@ -79,11 +81,11 @@ class Group:
         for p in reversed(range(self.n_chunks)):
             if reached is not None:
                 for layer, d_anchor in zip(self.layers, d_kept):
-                    layer.m(layer.d_x[p + 1]).add_(d_anchor * reached[p])
+                    layer.m(layer.d_x_of[p + 1]).add_(d_anchor * reached[p])
                     d_anchor *= ~reached[p]
             for layer in self.layers:
                 layer.write_backward(p)
-            of_chunk = [layer.m(layer.d_x[p]) for layer in self.layers]
+            of_chunk = [layer.m(layer.d_x_of[p]) for layer in self.layers]
             self.sources.fill_backward(p, self.anchor(p), d_anchors if p == 0 and d_anchors else of_chunk)
         d_k, d_v, d_step = self.sources.close(d_carry, d_response)
         d_last, d_keep = (sum(d) for d in zip(*(layer.decays_backward() for layer in self.layers)))

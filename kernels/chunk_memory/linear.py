@@ -27,10 +27,15 @@ class Layer:
 
     def __init__(self, k: Tensor, w: Tensor, x: Tensor, decay: Decays):
         self.k, self.w, self.x, self.decay = k, w, x, decay
-        self.group = k.shape[:2]
-        self.last, self.keep = (each.unflatten(0, self.group) for each in (decay.last, decay.keep))
-        self.parts = self.last.shape[3]
+        self.group, self.parts = k.shape[:2], decay.last.shape[2]
         self.k_copies = k.new_empty(*k.shape[:3], self.parts * k.shape[3])
+        last = decay.last.unflatten(0, self.group)
+        keep = decay.keep.unflatten(0, self.group)[..., None, None]
+        # What the loops over chunks need, as lists of views: making a view costs as much as a small product.
+        self.k_of, self.w_of, self.copies_of = k.unbind(), w.unbind(), self.k_copies.unbind()
+        self.last_of = last[..., None].unbind()
+        self.keep_of, self.cross_of = keep[:, :, : self.parts].unbind(), keep[:, :, -1].unbind()
+        self.x_of, self.x_parts = x.unbind(), x.unflatten(2, (self.parts, -1)).unbind()
 
     def m(self, x: Tensor) -> Tensor:
         """M, the upper part of a state (or of its gradient)."""
@@ -57,35 +62,38 @@ class Layer:
         self.d_x = torch.empty_like(self.x)
         self.d_x[-1] = d_end
         torch.bmm(copies(q, self.decay.carry).mT, grad, out=self.d_x[:-1].flatten(0, 1))
+        self.d_k_of, self.d_w_of, self.d_x_of = self.d_k.unbind(), self.d_w.unbind(), self.d_x.unbind()
+        self.d_x_parts = self.d_x.unflatten(2, (self.parts, -1)).unbind()
         return d_q, d_carry, d_response
 
     def write(self, p: int) -> None:
-        """x[p + 1] from x[p]."""
-        before, after = self.x[p].unflatten(1, (self.parts, -1)), self.x[p + 1].unflatten(1, (self.parts, -1))
-        keep = self.keep[p, :, :, None, None]
-        torch.mul(before, keep[:, : self.parts], out=after)
+        """x[p + 1] from x[p], after `copy`."""
+        before, after = self.x_parts[p], self.x_parts[p + 1]
+        torch.mul(before, self.keep_of[p], out=after)
         if self.parts == 2:
-            after[:, 0].addcmul_(before[:, 1], keep[:, 2])
-        self.x[p + 1].baddbmm_(self.copy(p).mT, self.w[p])
+            after[:, 0].addcmul_(before[:, 1], self.cross_of[p])
+        self.x_of[p + 1].baddbmm_(self.copies_of[p].mT, self.w_of[p])
 
-    def copy(self, p: int) -> Tensor:
-        """Chunk p's [G_L∘K | s∘K], (N, K, P d_in)."""
-        copy = self.k_copies[p]
-        torch.mul(self.k[p, :, :, None], self.last[p, ..., None], out=copy.unflatten(2, (self.parts, -1)))
-        return copy
+    def copy(self, p: int) -> None:
+        """Chunk p's [G_L∘K | s∘K], (N, K, P d_in), from its keys."""
+        copies = self.copies_of[p]
+        torch.mul(
+            self.k_of[p][:, :, None], self.last_of[p], out=copies.view(*copies.shape[:2], self.parts, -1)
+        )
 
     def write_backward(self, p: int) -> None:
-        """Adds to d_x[p], d_k[p] and d_w[p] what they owe to d_x[p + 1]; leaves the decays to `decays_backward`."""
-        before, after = (self.d_x[i].unflatten(1, (self.parts, -1)) for i in (p, p + 1))
-        keep = self.keep[p, :, :, None, None]
-        before.addcmul_(after, keep[:, : self.parts])
+        """Adds to d_x[p], d_k[p] and d_w[p] what they owe to d_x[p + 1], after `copy`. Decays: `decays_backward`."""
+        before, after = self.d_x_parts[p], self.d_x_parts[p + 1]
+        before.addcmul_(after, self.keep_of[p])
         if self.parts == 2:
-            before[:, 1].addcmul_(after[:, 0], keep[:, 2])
-        self.d_w[p].baddbmm_(self.copy(p), self.d_x[p + 1])
-        d_copies = self.k_copies[p]  # their last use
-        torch.bmm(self.w[p], self.d_x[p + 1].mT, out=d_copies)
-        for part, d_k in enumerate(d_copies.unflatten(2, (self.parts, -1)).unbind(2)):
-            self.d_k[p].addcmul_(d_k, self.last[p, :, :, part, None])
+            before[:, 1].addcmul_(after[:, 0], self.cross_of[p])
+        d_copies = copies = self.copies_of[p]
+        self.d_w_of[p].baddbmm_(copies, self.d_x_of[p + 1])
+        torch.bmm(
+            self.w_of[p], self.d_x_of[p + 1].mT, out=d_copies
+        )  # over the copies, which have done their work
+        for d_k, last in zip(d_copies.chunk(self.parts, 2), self.last_of[p].unbind(2)):
+            self.d_k_of[p].addcmul_(d_k, last)
 
     def decays_backward(self) -> tuple[Tensor, Tensor]:
         """Gradients of decay.last and decay.keep, after all of `write_backward`."""

@@ -46,12 +46,12 @@ class OneLayer:
         self.layers = [Layer(k, torch.empty_like(v), x[0], decay)]
 
     def fill(self, p, anchor):
-        torch.baddbmm(self.v[p], self.k[p], anchor[0], beta=2, alpha=-2, out=self.layers[0].w[p])
+        torch.baddbmm(self.v[p], self.k[p], anchor[0], beta=2, alpha=-2, out=self.layers[0].w_of[p])
 
     def fill_backward(self, p, anchor, d_anchor):
         layer = self.layers[0]
-        layer.d_k[p].baddbmm_(layer.d_w[p], anchor[0].mT, alpha=-2)
-        d_anchor[0].baddbmm_(self.k[p].mT, layer.d_w[p], alpha=-2)
+        layer.d_k_of[p].baddbmm_(layer.d_w_of[p], anchor[0].mT, alpha=-2)
+        d_anchor[0].baddbmm_(self.k[p].mT, layer.d_w_of[p], alpha=-2)
 
     def close(self, d_carry, d_response):
         return self.layers[0].d_k, self.layers[0].d_w.mul_(2), None
@@ -69,22 +69,22 @@ class TwoLayers:
     def fill(self, p, anchor):
         first, second = self.layers
         torch.bmm(self.k[p], anchor[0], out=self.h[p])
-        gelu(self.h[p], out=second.k[p])
-        torch.baddbmm(self.v[p], second.k[p], anchor[1], beta=2, alpha=-2, out=second.w[p])
-        torch.bmm(second.w[p], anchor[1].mT, out=self.error[p])
-        gelu_backward(self.error[p], self.h[p], out=first.w[p])
+        gelu(self.h[p], out=second.k_of[p])
+        torch.baddbmm(self.v[p], second.k_of[p], anchor[1], beta=2, alpha=-2, out=second.w_of[p])
+        torch.bmm(second.w_of[p], anchor[1].mT, out=self.error[p])
+        gelu_backward(self.error[p], self.h[p], out=first.w_of[p])
 
     def fill_backward(self, p, anchor, d_anchor):
         first, second = self.layers
-        h, a, w2 = self.h[p], second.k[p], second.w[p]
-        d_w1, d_w2, d_a = first.d_w[p], second.d_w[p], second.d_k[p]
+        h, a, w2 = self.h[p], second.k_of[p], second.w_of[p]
+        d_w1, d_w2, d_a = first.d_w_of[p], second.d_w_of[p], second.d_k_of[p]
         d_error = gelu_backward(d_w1, h)
         d_w2.baddbmm_(d_error, anchor[1])
         d_anchor[1].baddbmm_(d_error.mT, w2).baddbmm_(a.mT, d_w2, alpha=-2)
         d_a.baddbmm_(d_w2, anchor[1].mT, alpha=-2)
         d_h = gelu_backward(d_a, h, out=d_error)
         d_h += gelu_curvature(h).mul_(d_w1).mul_(self.error[p])
-        first.d_k[p].baddbmm_(d_h, anchor[0].mT)
+        first.d_k_of[p].baddbmm_(d_h, anchor[0].mT)
         d_anchor[0].baddbmm_(self.k[p].mT, d_h)
 
     def close(self, d_carry, d_response):
@@ -117,12 +117,12 @@ class Delta:
 
     def fill(self, p, anchor):
         k, v = self.columns(self.solved)
-        torch.baddbmm(v[p], k[p], anchor[0], alpha=-1, out=self.layers[0].w[p])
+        torch.baddbmm(v[p], k[p], anchor[0], alpha=-1, out=self.layers[0].w_of[p])
 
     def fill_backward(self, p, anchor, d_anchor):
         k, _ = self.columns(self.solved)
         d_k, d_v = self.columns(self.d_solved)
-        d_w = self.layers[0].d_w[p]
+        d_w = self.layers[0].d_w_of[p]
         d_anchor[0].baddbmm_(k[p].mT, d_w, alpha=-1)
         d_k[p] = torch.bmm(d_w, anchor[0].mT).neg_()
         d_v[p] = d_w
