@@ -138,7 +138,9 @@ def _model_forward(self, *args, memory_state=None, close_memory=False, write_mem
             max_positions=max_positions(self),
         )
     else:
-        cache.request = streaming_request(self, write=write_memory is not False, keep_window=keep_window)
+        cache.request = streaming_request(
+            self, write=write_memory is not False, keep_window=keep_window, in_blocks=not checkpointing
+        )
     arguments["past_key_values"] = cache
     as_tuple = arguments.pop("return_dict", None) is False
     output = base(**arguments, return_dict=True)
@@ -171,7 +173,9 @@ def _decoder_forward(
     return segments.read(base, embeds, mask, past_key_values, request, **kwargs)
 
 
-def streaming_request(model: nn.Module, write: bool, keep_window: bool) -> streaming.Request:
+def streaming_request(
+    model: nn.Module, write: bool, keep_window: bool, in_blocks: bool = True
+) -> streaming.Request:
     """What a call of `model` asks where its memories stream."""
     decoder, memories = decoder_of(model), stateful(model)
     return streaming.Request(
@@ -180,6 +184,7 @@ def streaming_request(model: nn.Module, write: bool, keep_window: bool) -> strea
         write,
         keep_window,
         sliding_window=next(iter(memories.values())).sliding_window,
+        in_blocks=in_blocks,
         absolute_positions=not hasattr(decoder, "rotary_emb"),
     )
 

@@ -22,8 +22,8 @@ from .state import MemoryCache, MemoryState
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-BLOCK = 256
-"""Tokens that run together under a sliding window, at least, where no gradient is wanted."""
+BLOCK = 128
+"""Tokens that run together under a sliding window, at least: attention costs tokens × (block + window)."""
 
 
 @dataclass
@@ -36,6 +36,8 @@ class Request:
         write: False gives back the state as it was.
         keep_window: keep keys and values for the next call.
         sliding_window: tokens that attention reaches, itself included; None: as in the base.
+        in_blocks: a sliding window may be run block by block; not where gradient checkpointing drops keys and
+            values.
         absolute_positions: positions are looked up in a table of the model, not turned.
     """
 
@@ -44,6 +46,7 @@ class Request:
     write: bool = True
     keep_window: bool = False
     sliding_window: int | None = None
+    in_blocks: bool = True
     absolute_positions: bool = False
 
 
@@ -115,7 +118,7 @@ def _read_in_window(forward, embeds, mask, cache, request: Request, fields, posi
     if window_mask is None:
         window_mask = mask[:, :0]
     n_tokens = embeds.shape[1]
-    size = n_tokens if torch.is_grad_enabled() else max(request.sliding_window, BLOCK)
+    size = max(request.sliding_window, BLOCK) if request.in_blocks else n_tokens
     parts: list[tuple[torch.Tensor, ...]] = []
     for start in range(0, n_tokens, size):
         here = slice(start, start + size)

@@ -59,8 +59,8 @@ def chunk_memory(
             Inactive columns before them are places taken in earlier calls; those after them are not reached yet. So
             `first` is what is left of the open chunk in the row that has used least of it.
         gradient, window: above.
-        path: "reference", "cpu" (the closed form in plain torch, for any device) or "triton"; None leaves it to
-            MEMLAYERS_KERNELS, then to the device.
+        path: "reference", "cpu" (the closed form in plain torch, for any device) or "triton" (which takes the closed
+            form for what it has no kernels for); None leaves it to MEMLAYERS_KERNELS, then to the device.
 
     Returns:
         y: (B, H, T, d_v) in q's dtype, and the new state. One call, or the same tokens split over calls anywhere (with
@@ -77,4 +77,8 @@ def chunk_memory(
     with torch.autocast(q.device.type, enabled=False):
         if path == "reference":
             return reference.chunk_memory(*arguments)
-        return closed.chunk_memory(*arguments)
+        if path == "cpu":
+            return closed.chunk_memory(*arguments)
+        from . import triton  # imported on first use: it needs the package triton
+
+        return triton.chunk_memory(*arguments)

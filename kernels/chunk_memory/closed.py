@@ -93,7 +93,8 @@ class Run(torch.autograd.Function):
         Returns y, the states after the run and, if `reached` is given, the anchors after it.
         """
         given = Given(rule, length, reached, inputs)
-        y = torch.empty_like(given.streams[2][:, :, : given.n_chunks * length])
+        q, _, v = given.streams
+        y = torch.empty_like(v[:, :, : given.n_chunks * length], dtype=q.dtype)
         now, kept, saved = given.states, given.anchors, []
         for chunks in given.groups():
             group = given.group(chunks, now)

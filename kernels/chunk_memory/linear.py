@@ -87,11 +87,9 @@ class Layer:
         before.addcmul_(after, self.keep_of[p])
         if self.parts == 2:
             before[:, 1].addcmul_(after[:, 0], self.cross_of[p])
-        d_copies = copies = self.copies_of[p]
-        self.d_w_of[p].baddbmm_(copies, self.d_x_of[p + 1])
-        torch.bmm(
-            self.w_of[p], self.d_x_of[p + 1].mT, out=d_copies
-        )  # over the copies, which have done their work
+        copies, d_after = self.copies_of[p], self.d_x_of[p + 1]
+        self.d_w_of[p].baddbmm_(copies, d_after)
+        d_copies = torch.bmm(self.w_of[p], d_after.mT, out=copies)  # the copies have done their work
         for d_k, last in zip(d_copies.chunk(self.parts, 2), self.last_of[p].unbind(2)):
             self.d_k_of[p].addcmul_(d_k, last)
 

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .triton_tiles import BLOCK, PRECISION, Layout, load, load_column, locate, store
+from .triton_tiles import BLOCK, PRECISION, Layout, load, load_column, locate, store, times
 
 
 @triton.jit(do_not_specialize=["n_tokens", "n_chunks", "lead", "n_steps"])
@@ -55,14 +55,10 @@ def mix_kernel(
 
     total = tl.zeros((PLACES, BLOCK), tl.float32)
     for part in tl.static_range(PARTS):
-        product = tl.zeros((PLACES, BLOCK), tl.float32)
-        for begin in tl.range(0, D_IN, BLOCK, num_stages=1):
-            i = begin + tl.arange(0, BLOCK)
-            if FLIP_STATES:
-                S = tl.trans(load(state, part * D_OUT + column, i, D_IN, column < D_OUT))
-            else:
-                S = load(state, part * D_IN + i, column, D_OUT, i < D_IN)
-            product = tl.dot(load(x, token, i, D_IN, real), S, product, input_precision=PRECISION)
+        matrix = state + part * D_IN * D_OUT
+        product = times(
+            x, token, real, matrix, column, D_IN, D_OUT, FLIP_STATES, PLACES, BLOCK, BLOCK, PRECISION
+        )
         if WEIGHTED:
             c = load_column(coefficients, step * C + place, part, PARTS, place < C)
             total += c[:, None] * product

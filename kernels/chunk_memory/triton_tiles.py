@@ -70,3 +70,30 @@ def store(pointer, tile, rows, columns, WIDTH: tl.constexpr, real):
 @triton.jit
 def load_column(pointer, rows, column, WIDTH: tl.constexpr, real):
     return tl.load(pointer + rows * WIDTH + column, mask=real, other=0.0)
+
+
+@triton.jit
+def times(
+    x,
+    rows,
+    real,
+    matrix,
+    columns,
+    D_IN: tl.constexpr,
+    D_OUT: tl.constexpr,
+    FLIP: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """The tile [rows, columns] of X (.., D_IN) times a matrix (D_IN, D_OUT); with FLIP it is stored as (D_OUT, D_IN)."""
+    product = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for begin in tl.range(0, D_IN, BLOCK, num_stages=1):
+        i = begin + tl.arange(0, BLOCK)
+        if FLIP:
+            factor = tl.trans(load(matrix, columns, i, D_IN, columns < D_OUT))
+        else:
+            factor = load(matrix, i, columns, D_OUT, i < D_IN)
+        product = tl.dot(load(x, rows, i, D_IN, real), factor, product, input_precision=PRECISION)
+    return product

@@ -16,9 +16,99 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .triton_tiles import BLOCK, PRECISION, Layout, load, load_column, locate, store
+from .triton_tiles import BLOCK, PRECISION, Layout, load, load_column, locate, store, times
 
 VALUES = 16  # columns of the values to a program
+
+
+@triton.jit
+def advance(
+    k,
+    W,
+    last,
+    keep,
+    now,
+    step,
+    place,
+    token,
+    real,
+    value,
+    C: tl.constexpr,
+    D: tl.constexpr,
+    D_V: tl.constexpr,
+    KEYS: tl.constexpr,
+    MOMENTUM: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Columns `value` of the state after a chunk, from those before it at `now` and the tile W that is written."""
+    PARTS: tl.constexpr = 1 + MOMENTUM
+    after = now + PARTS * D * D_V
+    into_M = W * load_column(last, step * C + place, 0, PARTS, place < C)[:, None]
+    if MOMENTUM:
+        into_S = W * load_column(last, step * C + place, 1, PARTS, place < C)[:, None]
+    for begin in tl.range(0, D, KEYS, num_stages=1):
+        key = begin + tl.arange(0, KEYS)
+        M = tl.load(keep + step * (2 * PARTS - 1)) * load(now, key, value, D_V, key < D)
+        if MOMENTUM:
+            S = load(now, D + key, value, D_V, key < D)
+            M += tl.load(keep + step * 3 + 2) * S
+            K = load(k, token, key, D, real)
+            S *= tl.load(keep + step * 3 + 1)
+            S = tl.dot(tl.trans(K), into_S, S, input_precision=PRECISION)
+            store(after, S, D + key, value, D_V, key < D)
+        K = load(k, token, key, D, real)  # once more: to hold it takes more registers
+        M = tl.dot(tl.trans(K), into_M, M, input_precision=PRECISION)
+        store(after, M, key, value, D_V, key < D)
+
+
+@triton.jit
+def owed(
+    x,
+    last,
+    after,
+    step,
+    place,
+    token,
+    real,
+    column,
+    C: tl.constexpr,
+    D_IN: tl.constexpr,
+    D_OUT: tl.constexpr,
+    FLIP: tl.constexpr,
+    PLACES: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    MOMENTUM: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """A tile of what a chunk's w (X: its keys; with FLIP its keys, X: its w) owe to the state after it.
+
+    after: where the gradient of that state is.
+    """
+    total = tl.zeros((PLACES, COLUMNS), tl.float32)
+    for part in tl.static_range(1 + MOMENTUM):
+        matrix = after + part * D_IN * D_OUT
+        product = times(x, token, real, matrix, column, D_IN, D_OUT, FLIP, PLACES, COLUMNS, BLOCK, PRECISION)
+        total += load_column(last, step * C + place, part, 1 + MOMENTUM, place < C)[:, None] * product
+    return total
+
+
+@triton.jit
+def retreat(keep, now, step, key, value, dA, D: tl.constexpr, D_V: tl.constexpr, MOMENTUM: tl.constexpr):
+    """Adds to the tile [key, value] of the gradient of the state at `now` what the state after the chunk owes to it.
+
+    dA: what it has as the anchor of its chunk.
+    """
+    PARTS: tl.constexpr = 1 + MOMENTUM
+    after = now + PARTS * D * D_V
+    dM = load(after, key, value, D_V, key < D)
+    d_now = load(now, key, value, D_V, key < D) + tl.load(keep + step * (2 * PARTS - 1)) * dM + dA
+    store(now, d_now, key, value, D_V, key < D)
+    if MOMENTUM:
+        dS = load(after, D + key, value, D_V, key < D)
+        dS = tl.load(keep + step * 3 + 1) * dS + tl.load(keep + step * 3 + 2) * dM
+        dS += load(now, D + key, value, D_V, key < D)
+        store(now, dS, D + key, value, D_V, key < D)
 
 
 @triton.jit(do_not_specialize=["n_tokens", "n_chunks", "lead"])
@@ -56,31 +146,13 @@ def write_kernel(
         W = load(targets, token, value, D_V, real)
         if SCALE:
             start = tl.where(chunk == 0, anchor + row * D * D_V, now)
-            recalled = tl.zeros((PLACES, VALUES), tl.float32)
-            for begin in tl.range(0, D, KEYS, num_stages=1):
-                key = begin + tl.arange(0, KEYS)
-                A = load(start, key, value, D_V, key < D)
-                probe = load(probes, token, key, D, real)
-                recalled = tl.dot(probe, A, recalled, input_precision=PRECISION)
+            recalled = times(
+                probes, token, real, start, value, D, D_V, False, PLACES, VALUES, KEYS, PRECISION
+            )
             W = SCALE * (W - recalled)
         store(w, W, token, value, D_V, real)
 
-        into_M = W * load_column(last, step * C + place, 0, PARTS, place < C)[:, None]
-        if MOMENTUM:
-            into_S = W * load_column(last, step * C + place, 1, PARTS, place < C)[:, None]
-        for begin in tl.range(0, D, KEYS, num_stages=1):
-            key = begin + tl.arange(0, KEYS)
-            M = tl.load(keep + step * (2 * PARTS - 1)) * load(now, key, value, D_V, key < D)
-            if MOMENTUM:
-                S = load(now, D + key, value, D_V, key < D)
-                M += tl.load(keep + step * 3 + 2) * S
-                K = load(k, token, key, D, real)
-                S *= tl.load(keep + step * 3 + 1)
-                S = tl.dot(tl.trans(K), into_S, S, input_precision=PRECISION)
-                store(now + STATE, S, D + key, value, D_V, key < D)
-            K = load(k, token, key, D, real)  # once more: to hold it takes more registers
-            M = tl.dot(tl.trans(K), into_M, M, input_precision=PRECISION)
-            store(now + STATE, M, key, value, D_V, key < D)
+        advance(k, W, last, keep, now, step, place, token, real, value, C, D, D_V, KEYS, MOMENTUM, PRECISION)
         tl.debug_barrier()  # the next chunk reads what other threads stored
 
 
@@ -118,38 +190,23 @@ def write_backward_kernel(
         token, real = locate(row, chunk, place, n_tokens, lead, C)
         now = d_states + (step + row) * STATE
         dW = load(d_w, token, value, D_V, real)
-        to_M = load_column(last, step * C + place, 0, PARTS, place < C)
-        if MOMENTUM:
-            to_S = load_column(last, step * C + place, 1, PARTS, place < C)
-        for begin in tl.range(0, D, KEYS, num_stages=1):
-            key = begin + tl.arange(0, KEYS)
-            K = load(k, token, key, D, real)
-            dM = load(now + STATE, key, value, D_V, key < D)
-            dW = tl.dot(K * to_M[:, None], dM, dW, input_precision=PRECISION)
-            if MOMENTUM:
-                dS = load(now + STATE, D + key, value, D_V, key < D)
-                dW = tl.dot(K * to_S[:, None], dS, dW, input_precision=PRECISION)
+        dW += owed(
+            k, last, now + STATE, step, place, token, real, value,
+            C, D, D_V, False, PLACES, VALUES, KEYS, MOMENTUM, PRECISION,
+        )  # fmt: skip
         if SCALE:
             dW *= SCALE
         store(d_targets, dW, token, value, D_V, real)
-
         for begin in tl.range(0, D, KEYS, num_stages=1):
             key = begin + tl.arange(0, KEYS)
-            dM = load(now + STATE, key, value, D_V, key < D)
-            d_now = load(now, key, value, D_V, key < D) + tl.load(keep + step * (2 * PARTS - 1)) * dM
+            dA = tl.zeros((KEYS, VALUES), tl.float32)
             if SCALE:
                 probe = tl.trans(load(probes, token, key, D, real))
                 dA = -tl.dot(probe, dW, input_precision=PRECISION)
                 if chunk == 0:
                     store(d_anchor + row * D * D_V, dA, key, value, D_V, key < D)
-                else:
-                    d_now += dA
-            store(now, d_now, key, value, D_V, key < D)
-            if MOMENTUM:
-                dS = load(now + STATE, D + key, value, D_V, key < D)
-                dS = tl.load(keep + step * 3 + 1) * dS + tl.load(keep + step * 3 + 2) * dM
-                dS += load(now, D + key, value, D_V, key < D)
-                store(now, dS, D + key, value, D_V, key < D)
+                    dA = tl.zeros((KEYS, VALUES), tl.float32)
+            retreat(keep, now, step, key, value, dA, D, D_V, MOMENTUM)
         tl.debug_barrier()
 
 

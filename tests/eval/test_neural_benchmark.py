@@ -176,5 +176,7 @@ def test_the_command_prints_and_writes(tmp_path, monkeypatch, ttt_lm):
 
     result = CliRunner().invoke(app, arguments, env={"MEMLAYERS_TTT_LM": "", "COLUMNS": "200"})
     assert result.exit_code == 0 and "ttt-lm-pytorch" in result.output.partition("not installed")[2]
-    result = CliRunner().invoke(app, arguments, env={"MEMLAYERS_TTT_LM": str(tmp_path / "none.py")})
-    assert result.exit_code == 2 and "none.py" in " ".join(result.output.split())
+    missing = {"MEMLAYERS_TTT_LM": str(tmp_path / "none.py"), "COLUMNS": "400"}
+    result = CliRunner().invoke(app, arguments, env=missing)
+    assert result.exit_code == 2 and "does not exist" in result.output
+    assert "none.py" in "".join(result.output.replace("│", "").split())  # wherever the box breaks the path

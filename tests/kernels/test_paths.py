@@ -22,6 +22,13 @@ def test_by_device():
     assert choose("f", META) == "reference"
 
 
+def test_a_closed_form_runs_anywhere():
+    """Families whose path "cpu" is plain torch: on a GPU when asked for, and by default where there is no other."""
+    assert choose("f", CUDA, "cpu", closed=True) == "cpu"
+    assert choose("f", META, closed=True) == "cpu"
+    assert choose("f", CUDA, closed=True) == "triton"
+
+
 def test_environment_then_argument(monkeypatch):
     monkeypatch.setenv("MEMLAYERS_KERNELS", "reference")
     assert choose("f", CPU) == choose("f", CUDA) == "reference"
