@@ -7,12 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from memlayers.kernels.chunk_memory import ChunkState, closed, reference
+from memlayers.kernels.chunk_memory import closed, reference
 from tests.kernels.chunk_memory_cases import (
     LAYOUTS,
     RULES,
     Layout,
-    Rule,
     call,
     check_close,
     make,
@@ -64,7 +63,9 @@ def test_groups_of_chunks(name, save_all, monkeypatch):
     check_parity(make(RULES[name], layout), RULES[name], layout)
 
 
-@pytest.mark.parametrize("layout", [Layout(4, 2, 1), Layout(4, 2, 2, ((1, 4), (0, 3)))], ids=["plain", "ragged"])
+@pytest.mark.parametrize(
+    "layout", [Layout(4, 2, 1), Layout(4, 2, 2, ((1, 4), (0, 3)))], ids=["plain", "ragged"]
+)
 @all_rules
 def test_gradcheck(rule, layout):
     """All tensors in, all tensors out; gradcheck also runs the backward pass twice and wants equal bits."""
@@ -99,14 +100,18 @@ def test_gates_at_their_limits(rule, gate, limit):
 @pytest.mark.parametrize("window", [1, 3])
 def test_inner_gradient_of_a_linear_memory(window):
     """2 kᵀ (kM − v), summed over the window."""
-    memory, k, v = (torch.randn(2, 3, *shape, dtype=torch.float64) for shape in ((4, 5), (window, 4), (window, 5)))
+    memory, k, v = (
+        torch.randn(2, 3, *shape, dtype=torch.float64) for shape in ((4, 5), (window, 4), (window, 5))
+    )
     (gradient,) = reference.inner_gradient([memory], k, v)
     expected = sum(2 * k[..., i, :, None] * (k @ memory - v)[..., i, None, :] for i in range(window))
     check_close([gradient], [expected], ROUNDING)
 
 
 def test_inner_gradient_of_two_layers():
-    first, second, k, v = (torch.randn(*shape, dtype=torch.float64) for shape in ((4, 6), (6, 5), (1, 4), (1, 5)))
+    first, second, k, v = (
+        torch.randn(*shape, dtype=torch.float64) for shape in ((4, 6), (6, 5), (1, 4), (1, 5))
+    )
     gradients = reference.inner_gradient([first, second], k, v)
     h = k @ first
     slope = 0.5 * (1 + torch.erf(h / math.sqrt(2))) + h * torch.exp(-h * h / 2) / math.sqrt(2 * math.pi)
@@ -155,7 +160,9 @@ def test_decaying_sum(path):
     q, k, v, theta, _, alpha, state = arguments = make(rule, layout)
     m = state.weights[0]
     for t in range(layout.length):
-        m = (1 - alpha[:, :, t, None, None]) * m + theta[:, :, t, None, None] * k[:, :, t, :, None] * v[:, :, t, None]
+        m = (1 - alpha[:, :, t, None, None]) * m + theta[:, :, t, None, None] * k[:, :, t, :, None] * v[
+            :, :, t, None
+        ]
     y, after = call(arguments, rule, layout, path)
     check_close([y[:, :, -1:], *after.weights], [q[:, :, -1:] @ m, m], ROUNDING)
 
@@ -286,7 +293,9 @@ def test_jacobian_is_causal(rule):
 
     jacobians = torch.autograd.functional.jacobian(read, tuple(streams))
     for name, jacobian in zip(names, jacobians):
-        reached = jacobian.flatten(4).abs().sum((1, 2, 4)) if jacobian.dim() == 5 else jacobian.abs().sum((1, 2))
+        reached = (
+            jacobian.flatten(4).abs().sum((1, 2, 4)) if jacobian.dim() == 5 else jacobian.abs().sum((1, 2))
+        )
         expected = torch.eye(layout.length) if name == "q" else torch.ones_like(reached).tril()
         assert torch.equal(reached > 0, expected > 0), name
 
