@@ -150,8 +150,9 @@ def test_a_memory_that_is_not_there():
 # forward and write
 
 
-def test_no_token_to_read():
-    model, empty = llama().model(), torch.zeros(1, 0, dtype=torch.int64)
+@pytest.mark.parametrize("kind", ["recurrent", "neural_mag"])
+def test_no_token_to_read(kind):
+    model, empty = llama(kind).model(), torch.zeros(1, 0, dtype=torch.int64)
     with pytest.raises(ValueError, match="at least one token"):
         model(empty)
     with pytest.raises(ValueError, match="at least one token"):
@@ -160,6 +161,22 @@ def test_no_token_to_read():
         ml.write(model, empty)
     with pytest.raises(ValueError, match=says("(batch, tokens)", "(5,)")):
         ml.write(model, tokens(1, 5)[0])
+
+
+@pytest.mark.parametrize("kind", ["neural_mag", "neural_mal", "neural_mac", "neural_window"])
+def test_nan_in_the_stream_names_its_row(kind):
+    """And the other rows, with it out of the batch or behind the mask, are as ever."""
+    model, ids = llama(kind).model(), tokens(3, TEXT)
+    embeds = model.get_input_embeddings()(ids).detach()
+    embeds[1, 4] = torch.nan
+    with pytest.raises(ValueError, match="row 1 holds NaN"):
+        model(inputs_embeds=embeds)
+    mask = torch.ones_like(ids)
+    mask[1, :5] = 0
+    embeds[1, 4] = 0
+    torch.testing.assert_close(
+        model(inputs_embeds=embeds, attention_mask=mask).logits[::2], model(ids).logits[::2]
+    )
 
 
 def test_write_without_a_memory_that_remembers():
@@ -265,8 +282,9 @@ def test_more_generated_tokens_than_positions():
 # decoding that goes back
 
 
-def test_a_cache_cannot_be_cropped():
-    model = llama().model()
+@pytest.mark.parametrize("kind", ["recurrent", "neural_mag", "neural_mac"])
+def test_a_cache_cannot_be_cropped(kind):
+    model = llama(kind).model()
     cache = model(tokens(1, TEXT), use_cache=True).past_key_values
     with pytest.raises(
         NotImplementedError, match=says("cropped", "greedy, sampling or beam search", "state.clone()")
@@ -276,8 +294,9 @@ def test_a_cache_cannot_be_cropped():
 
 @pytest.mark.parametrize("how", ["prompt_lookup", "assistant"])
 @pytest.mark.parametrize("given", [True, False], ids=["state", "no_state"])
-def test_assisted_decoding_is_refused(how, given):
-    model, ids = llama().model(), tokens(1, 3).repeat(1, 3)
+@pytest.mark.parametrize("kind", ["recurrent", "neural_mag"])
+def test_assisted_decoding_is_refused(kind, how, given):
+    model, ids = llama(kind).model(), tokens(1, 3).repeat(1, 3)
     options = (
         {"prompt_lookup_num_tokens": 2} if how == "prompt_lookup" else {"assistant_model": llama().base()}
     )
