@@ -10,7 +10,8 @@ one's controls and base arms are shown too. A suite of facts has regime P:
     python -m memlayers.eval.summary --suite facts "memory@P=runs/facts_memory/seed*/eval" \
         "LoRA@P=runs/facts_lora/seed*/eval" "full finetuning@P=runs/facts_full/seed*/eval"
 
-A suite of associative recall has its numbers of pairs in columns (--suite mqar).
+A suite of associative recall has its numbers of pairs in columns (--suite mqar). Where the folder of the training stands
+around its eval folder (log.jsonl is there), the steps it took are shown too.
 """
 
 from __future__ import annotations
@@ -33,11 +34,12 @@ from memlayers.files import write_text
 
 @dataclass(frozen=True)
 class Group:
-    """One training: its name, the regime to show, and a report a seed."""
+    """One training: its name, the regime to show, a report a seed, and the steps each seed learned (or [])."""
 
     name: str
     regime: str
     reports: list[dict]
+    steps: list[int]
 
 
 def load_group(argument: str) -> Group:
@@ -52,7 +54,15 @@ def load_group(argument: str) -> Group:
     paths = sorted(Path(folder) / "report.json" for folder in glob.glob(pattern))
     if not paths or not all(path.is_file() for path in paths):
         raise FileNotFoundError(f"{name}: no report.json in {pattern!r}")
-    return Group(name, regime, [json.loads(path.read_text(encoding="utf-8")) for path in paths])
+    reports = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+    logs = [path.parent.parent / "log.jsonl" for path in paths]
+    steps = [steps_of(log) for log in logs] if all(log.is_file() for log in logs) else []
+    return Group(name, regime, reports, steps)
+
+
+def steps_of(log: Path) -> int:
+    """The last step in a training's log."""
+    return json.loads(log.read_text(encoding="utf-8").splitlines()[-1])["step"]
 
 
 def over_seeds(cells: Iterable[dict], field: str, digits: int) -> str:
@@ -98,6 +108,7 @@ def summary(groups: list[Group], suite: str) -> str:
         "",
         *table(["", "regime", *(f"{length} tokens" for length in lengths)], rows),
     ]
+    lines += steps_summary(groups)
     if "perplexity" in report:
         rows = [
             [f"original checkpoint: {arm}", over_seeds([report["perplexity"][arm]], "perplexity", 2)]
@@ -109,6 +120,16 @@ def summary(groups: list[Group], suite: str) -> str:
                 rows.append([f"{group.name}: {arm}", over_seeds(cells, "perplexity", 2)])
         lines += ["", "## Perplexity on unseen prose", "", *table(["", "perplexity"], rows)]
     return "\n".join(lines) + "\n"
+
+
+def steps_summary(groups: list[Group]) -> list[str]:
+    """Markdown: how long each training took until it stopped by itself, or to its last step."""
+    rows = [
+        [group.name, over_seeds([{"steps": n} for n in group.steps], "steps", 0)]
+        for group in groups
+        if group.steps
+    ]
+    return ["", "## Steps of training", "", *table(["", "steps"], rows)] if rows else []
 
 
 def _row(group: Group, title: str, part: str, suite: str, arm: str) -> list[str]:
@@ -174,6 +195,7 @@ def mqar_summary(groups: list[Group], suite: str) -> str:
             *table(
                 ["", "regime", *(f"{n_pairs} pairs, {length} tokens" for length, n_pairs in columns)], rows
             ),
+            *steps_summary(groups),
             "",
         ]
     )

@@ -49,6 +49,7 @@ class Kind:
         decoding_writes: `write_while_decoding` is on.
         chooses: reads what scores best, a step where rounding may tip the scale.
         replaces: takes the place of an MLP, whose parameters get no gradient then.
+        only: the architectures it is run on, where the others would show nothing new; (): all.
     """
 
     name: str
@@ -60,6 +61,7 @@ class Kind:
     decoding_writes: bool = False
     replaces: bool = False
     chooses: bool = False
+    only: tuple[str, ...] = ()
 
     @property
     def streams(self) -> bool:
@@ -257,19 +259,22 @@ KINDS += [
 ]
 
 
-def _neural(name: str, additive: bool = False, **fields) -> Kind:
+def _neural(name: str, additive: bool = False, only: tuple[str, ...] = (), **fields) -> Kind:
     """Small memories in both layers; what is not `mac` streams: every token is written, decoding too."""
     small = {"layers": [0, 1], "heads": 2, "chunk_size": 4, "conv_kernel": 3}
     config = ml.NeuralMemoryConfig(**{**small, **fields})
     segmented = config.placement == "mac"
-    return Kind(name, {"past": config}, additive=additive, segmented=segmented, decoding_writes=not segmented)
+    flags = {"additive": additive, "segmented": segmented, "decoding_writes": not segmented, "only": only}
+    return Kind(name, {"past": config}, **flags)
 
 
 KINDS += [
     _neural("neural_mag", additive=True),
     _neural("neural_mal", additive=True, depth=2, expansion=2, n_persistent_tokens=3),
     _neural("neural_mac", placement="mac", segment_length=SEGMENT, n_persistent_tokens=2),
-    _neural("neural_window", rule="delta", sliding_window=4),
+    _neural(
+        "neural_window", only=("llama", "mistral_sliding", "gpt2", "gemma3"), rule="delta", sliding_window=4
+    ),
 ]
 
 
@@ -279,6 +284,8 @@ def params(applies: Callable[[Kind], bool] = lambda kind: True, why: str = "") -
     cells = []
     for kind in KINDS:
         for architecture in ARCHITECTURES:
+            if kind.only and architecture.name not in kind.only:
+                continue
             reason = architecture.skip or (None if applies(kind) else f"{kind.name}: {why}")
             marks = [pytest.mark.skip(reason=reason)] if reason else []
             cells.append(

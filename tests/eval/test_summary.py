@@ -31,16 +31,20 @@ def test_mean_and_range_over_seeds():
 def test_table_of_two_trainings(tmp_path):
     for name, values in {"a": [(0.9, 7.0), (1.0, 9.0)], "b": [(0.5, 8.0)]}.items():
         for seed, (accuracy, perplexity) in enumerate(values):
-            folder = tmp_path / name / f"seed{seed}"
+            folder = tmp_path / name / f"seed{seed}" / "eval"
             folder.mkdir(parents=True)
+            if name == "a":
+                log = [json.dumps({"step": step}) for step in (10, 100 * (seed + 1))]
+                (folder.parent / "log.jsonl").write_text("\n".join(log) + "\n")
             (folder / "report.json").write_text(json.dumps(report(accuracy, perplexity)))
-    groups = [load_group(f"ours@D={tmp_path}/a/seed*"), load_group(f"other@D={tmp_path}/b/seed*")]
+    groups = [load_group(f"ours@D={tmp_path}/a/seed*/eval"), load_group(f"other@D={tmp_path}/b/seed*/eval")]
     text = summary(groups, "passkey")
     assert "| ours | D | 0.950 (0.900 to 1.000) |" in text
     assert "| other | D | 0.500 |" in text
     assert "| ours: no_needle | D | 0.020 (0.020 to 0.020) |" in text
     assert "| original checkpoint: base | D | not run |" in text
     assert "| ours: trained | 8.00 (7.00 to 9.00) |" in text
+    assert "| ours | 150 (100 to 200) |" in text and "| other | 1" not in text
     assert "Seeds: ours: 2, other: 1." in text
 
 
