@@ -125,9 +125,16 @@ def _check_name(model: nn.Module, name: str) -> None:
 
 
 def _check_reading(model: PreTrainedModel, name: str, memory: Memory) -> None:
-    """Memories of one model either all read in segments or all stream, in one sliding window."""
+    """Memories of one model either all read in segments or all stream, in one sliding window; those that are written by
+    gradient steps stand beside their like."""
     for other_name, other in memories(model).items():
         both = [(name, memory), (other_name, other)]
+        if memory.by_gradient != other.by_gradient and memory.keeps_state and other.keeps_state:
+            taught = next(n for n, m in both if m.by_gradient)
+            raise ConfigError(
+                f"{name}: memory {taught!r} is written by gradient steps and cannot stand beside one that is written "
+                "by reading; detach one of them"
+            )
         streams = [n for n, m in both if m.streams]
         segments = [n for n, m in both if m.segment_length is not None]
         if streams and segments:

@@ -122,7 +122,7 @@ def _model_forward(self, *args, memory_state=None, close_memory=False, write_mem
         if cache.memory_state is not None and cache.memory_state is not memory_state:
             raise ValueError("memory_state= and past_key_values each carry a state; give one of them")
         cache.memory_state = memory_state
-    check_state(reading, cache.memory_state, batch_size=inputs.shape[0])
+    check_state(reading, cache.memory_state, batch_size=inputs.shape[0] // cache.shared_by)
     use_cache = arguments.get("use_cache")
     use_cache = self.config.use_cache if use_cache is None else use_cache
     checkpointing = self.training and any(getattr(m, "gradient_checkpointing", False) for m in self.modules())

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import pydantic
 
 from .config import ConfigError, MemoryConfig, validate
+from .lora import LoRAMemories, LoRAMemoryConfig
 from .memory import Memory
 from .neural import NeuralMemories, NeuralMemoryConfig
 from .product_key import ProductKeyMemories, ProductKeyMemoryConfig
@@ -16,6 +17,7 @@ from .tokens import MemoryTokens, MemoryTokensConfig
 KINDS: dict[str, tuple[type[MemoryConfig], type[Memory]]] = {
     "tokens": (MemoryTokensConfig, MemoryTokens),
     "neural": (NeuralMemoryConfig, NeuralMemories),
+    "lora": (LoRAMemoryConfig, LoRAMemories),
     "product_key": (ProductKeyMemoryConfig, ProductKeyMemories),
 }
 

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import nn
 
 from .config import MemoryConfig
+
+if TYPE_CHECKING:
+    from .state import MemoryState
 
 Fields = dict[str, torch.Tensor]
 """One memory's part of a `MemoryState`: batch-first tensors by name."""
@@ -27,6 +32,8 @@ class Memory(nn.Module):
     """Tokens per segment for kinds that read a long input in segments, None for the others."""
     in_layers: bool = False
     """Whether it sits inside the layers and finds its state in the `memlayers.passes.Pass` of a call."""
+    by_gradient: bool = False
+    """Whether its state is written by gradient steps, which only `memlayers.write` takes; forward calls read it."""
     sliding_window: int | None = None
     """Tokens that attention reaches in a model with such a memory; None: as many as in the base."""
     n_extra_tokens: int = 0
@@ -41,8 +48,14 @@ class Memory(nn.Module):
 
     @property
     def streams(self) -> bool:
-        """Whether every token changes the state as it passes (`memlayers.streaming`), without segments."""
+        """Whether it reads every token as it passes, without segments (`memlayers.streaming`), and changes its state
+        with it unless that is written `by_gradient`."""
         return self.in_layers and self.segment_length is None
+
+    @property
+    def keeps_state(self) -> bool:
+        """Whether it has a part in a `MemoryState`."""
+        return self.streams or self.segment_length is not None
 
     @classmethod
     def for_model(cls, config: MemoryConfig, model: nn.Module) -> Memory:
@@ -60,6 +73,18 @@ class Memory(nn.Module):
     def new_state(self, batch_size: int) -> Fields:
         """What the memory holds before it has read anything, for `batch_size` rows; {} if it has no state."""
         return {}
+
+    def write(
+        self,
+        model: nn.Module,
+        name: str,
+        input_ids: torch.Tensor,
+        mask: torch.Tensor,
+        state: MemoryState,
+        progress: bool,
+    ) -> Fields:
+        """This memory's fields after a text (batch, tokens) is written into `state` `by_gradient`, `state` unchanged."""
+        raise NotImplementedError(f"{type(self).__name__} is written by forward calls")
 
     def check_state(self, fields: Fields, name: str) -> None:
         """Raise ValueError when `fields` cannot be a state of this memory; names the memory and the field."""

@@ -163,6 +163,7 @@ class MemoryCache(Cache):
         window: keys and values of the open window; None when it is empty.
         window_mask: (batch, columns of `window`) bool, False at padding.
         seen: columns (padding included) given to the model through this cache.
+        shared_by: rows of the input, one after the other, that read one row of the state; 1 but inside of writers.
         request: what the forward call under way asks of the decoder; None between calls.
     """
 
@@ -172,6 +173,7 @@ class MemoryCache(Cache):
         self.window: Cache | None = None
         self.window_mask: torch.Tensor | None = None
         self.seen = 0
+        self.shared_by = 1
         self.request = None
 
     def get_seq_length(self, layer_idx: int = 0) -> int:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from tqdm.auto import tqdm
 
-from . import segments
+from . import segments, streaming
 from .forward import check_state, streaming_request
 from .model import decoder_layers, decoder_of, max_positions, memories, segmented, stateful
 from .state import PENDING, MemoryCache, MemoryState
@@ -62,6 +62,8 @@ def write(
         )
     check_state(reading, state, input_ids.shape[0])
 
+    if any(memory.by_gradient for memory in reading.values()):
+        return _write_by_gradient(model, reading, input_ids, attention_mask, state, progress)
     if segmented(model):
         return _write_segments(model, input_ids, attention_mask, state, close, progress)
     return _write_stream(model, input_ids, attention_mask, state, progress)
@@ -117,6 +119,15 @@ def _write_stream(model, input_ids, attention_mask, state, progress: bool) -> Me
         bar.update(stop - start)
     bar.close()
     return cache.memory_state
+
+
+def _write_by_gradient(model, reading, input_ids, attention_mask, state, progress: bool) -> MemoryState:
+    mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+    state = state or streaming.fresh_state(reading, input_ids.shape[0])
+    fields = dict(state.fields)
+    for name, memory in reading.items():
+        fields[name] = memory.write(model, name, input_ids, mask.bool(), state, progress)
+    return MemoryState(fields)
 
 
 class _Stream:

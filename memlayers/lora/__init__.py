@@ -1,0 +1,7 @@
+"""LoRA as memory: a text is written into an adapter by gradient steps, and read by every token after it."""
+
+from .config import LoRAMemoryConfig
+from .module import LoRAAdapter
+from .patch import LoRAMemories
+
+__all__ = ["LoRAAdapter", "LoRAMemories", "LoRAMemoryConfig"]

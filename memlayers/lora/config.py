@@ -1,0 +1,50 @@
+"""The fields of a LoRA memory."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from ..config import MemoryConfig, Strict
+
+
+class WriterSection(Strict):
+    """How a text is written: steps of an inner training, of one adapter a row.
+
+    Attributes:
+        steps: gradient steps, over all of a text or in streaming mode over each segment.
+        learning_rate: of the inner steps.
+        optimizer: `adamw` (without decay) or `sgd`. Each row has its own.
+        segment_length: tokens of a text that one forward pass reads together. The segments of a text are a batch, and
+            every token but the first is predicted once, the first of a segment by the last of the one before.
+        clip: largest norm of a row's gradient; None: no clipping.
+        streaming: write segment after segment, each with the adapter that those before it left (Temp-LoRA, 2401.11504),
+            instead of all at the same time (PERK, 2507.06415).
+    """
+
+    steps: int = Field(4, ge=0)
+    learning_rate: float = Field(5e-3, gt=0)
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    segment_length: int = Field(256, ge=1)
+    clip: float | None = Field(None, gt=0)
+    streaming: bool = False
+
+
+class LoRAMemoryConfig(MemoryConfig):
+    """A memory whose state is a LoRA adapter (2106.09685) a row: written by gradient steps, read by every token.
+
+    Attributes:
+        r: rank.
+        lora_alpha: the adapter's output is multiplied by lora_alpha / r.
+        target_modules: ends of the names of linear layers, as in PEFT; None: all that are in the decoder's layers.
+        layers: decoder layers that are adapted; negative counts from the end. None: all.
+        writer: how a text is written.
+    """
+
+    type: Literal["lora"] = "lora"
+    r: int = Field(16, ge=1)
+    lora_alpha: float = Field(32.0, gt=0)
+    target_modules: list[str] | None = Field(None, min_length=1)
+    layers: list[int] | None = Field(None, min_length=1)
+    writer: WriterSection = WriterSection()

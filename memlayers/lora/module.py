@@ -1,0 +1,54 @@
+"""`LoRAAdapter`: what is added to one linear layer, with adapters of its own for each row."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+
+
+class LoRAAdapter(nn.Module):
+    """y = x Aᵀ Bᵀ · lora_alpha / r (2106.09685, section 4.1), A and B from the state of each row.
+
+    Attributes:
+        lora_A: (r, in_features), where every row's A starts.
+        lora_B: (out_features, r), where every row's B starts: at zero, which leaves the model as it was.
+    """
+
+    def __init__(self, in_features: int, out_features: int, r: int, lora_alpha: float):
+        super().__init__()
+        self.lora_A = nn.Parameter(torch.empty(r, in_features))
+        self.lora_B = nn.Parameter(torch.zeros(out_features, r))
+        self.scaling = lora_alpha / r
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))  # as in PEFT
+
+    def new_state(self, batch_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """A (batch, r, in_features) and B (batch, out_features, r) before anything is written, in float32."""
+        return tuple(x.float().expand(batch_size, -1, -1) for x in (self.lora_A, self.lora_B))
+
+    def forward(self, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        """What the adapters add.
+
+        Args:
+            x: (rows, tokens, in_features); rows = n · batch where n rows in a row share an adapter.
+            a: (batch, r, in_features).
+            b: (batch, out_features, r). Ranks may differ from the config's: adapters that are mixed stand side by side.
+
+        Returns:
+            (rows, tokens, out_features) in x's dtype.
+
+        Raises:
+            ValueError: rows that are no multiple of batch.
+        """
+        if x.dim() != 3 or x.shape[0] % a.shape[0]:
+            raise ValueError(
+                f"x has shape {tuple(x.shape)}, the adapters of {a.shape[0]} rows take (rows, tokens, {a.shape[2]})"
+            )
+        joined = x.to(a.dtype).reshape(a.shape[0], -1, x.shape[2])
+        added = torch.bmm(torch.bmm(joined, a.mT), b.mT) * self.scaling
+        return added.view(*x.shape[:2], -1).to(x.dtype)
+
+    def extra_repr(self) -> str:
+        r, in_features = self.lora_A.shape
+        return f"in_features={in_features}, out_features={self.lora_B.shape[0]}, r={r}, scaling={self.scaling:g}"

@@ -1,0 +1,151 @@
+"""Where a LoRA memory sits in a model: beside the linear layers of its decoder."""
+
+from __future__ import annotations
+
+from contextvars import ContextVar
+
+import torch
+from torch import nn
+
+from ..config import ConfigError, chosen_layers
+from ..memory import Fields, Memory
+from ..model import decoder_layers, decoder_of
+from ..passes import Pass
+from .config import LoRAMemoryConfig
+from .module import LoRAAdapter
+from .segments import of_text
+from .writer import write
+
+RUNNING: ContextVar[Pass | None] = ContextVar("RUNNING", default=None)
+"""The pass of the decoder layer that runs: linear layers get no keywords."""
+
+
+class LoRAMemories(Memory):
+    """The LoRA memory of a model: one `LoRAAdapter` a linear layer. Its state is the adapters of each row.
+
+    Attributes:
+        adapters: name of the linear layer in the decoder, with - for the dots, to `LoRAAdapter`.
+    """
+
+    in_layers = True
+    by_gradient = True
+
+    def __init__(self, config: LoRAMemoryConfig, targets: dict[str, tuple[int, int]]):
+        super().__init__(config)
+        self.adapters = nn.ModuleDict(
+            {
+                name.replace(".", "-"): LoRAAdapter(*widths, config.r, config.lora_alpha)
+                for name, widths in targets.items()
+            }
+        )
+
+    @classmethod
+    def for_model(cls, config: LoRAMemoryConfig, model: nn.Module) -> LoRAMemories:
+        found = linear_layers(model, config)
+        return cls(config, {name: widths(module) for name, module in found.items()})
+
+    def install(self, model: nn.Module) -> list:
+        decoder = decoder_of(model)
+        handles = []
+        for block in decoder_layers(decoder):
+            handles.append(block.register_forward_pre_hook(_enter, with_kwargs=True))
+            handles.append(block.register_forward_hook(_leave, always_call=True))
+        for key in self.adapters:
+            module = decoder.get_submodule(key.replace("-", "."))
+            handles.append(module.register_forward_hook(_Add(self, key)))
+        return handles
+
+    def new_state(self, batch_size: int) -> Fields:
+        """Fields `<linear layer>.lora_A` (batch, r, in_features) and `.lora_B` (batch, out_features, r), float32."""
+        fields = {}
+        for key, adapter in self.adapters.items():
+            name = key.replace("-", ".")
+            fields[f"{name}.lora_A"], fields[f"{name}.lora_B"] = adapter.new_state(batch_size)
+        return fields
+
+    def write(self, model, name, input_ids, mask, state, progress) -> Fields:
+        segments = of_text(input_ids, mask, self.config.writer.segment_length)
+        return write(model, self, name, segments, state, progress=progress)
+
+    def check_state(self, fields: Fields, name: str) -> None:
+        expected = self.new_state(1)
+        if set(fields) != set(expected):
+            odd = sorted(set(fields) ^ set(expected))[:3]
+            raise ValueError(
+                f"memory {name!r}: the state and this memory adapt other layers, {', '.join(odd)} among them; it was "
+                "written by another memory"
+            )
+        for field, tensor in expected.items():
+            width, rank = (2, 1) if field.endswith("lora_A") else (1, 2)
+            got, other = fields[field], fields[field.replace("lora_B", "lora_A")]
+            if got.dim() != 3 or got.shape[width] != tensor.shape[width] or got.shape[rank] != other.shape[1]:
+                raise ValueError(
+                    f"memory {name!r}: field {field!r} of the state has shape {tuple(got.shape)}, this memory needs "
+                    f"{tensor.shape[width]} for {tensor.shape[rank]} (the rank, the same in both); it was written by "
+                    "another memory"
+                )
+
+
+class _Add:
+    """A forward hook of a linear layer; an object, so that a deep copy of the model adds the copied memory."""
+
+    def __init__(self, owner: LoRAMemories, key: str):
+        self.owner, self.key = owner, key
+
+    def __call__(self, module: nn.Module, args: tuple, output: torch.Tensor):
+        run = RUNNING.get()
+        name = run.name_of(self.owner) if run is not None else None
+        if name is None:
+            return None
+        fields, layer = run.before[name], self.key.replace("-", ".")
+        return output + self.owner.adapters[self.key](
+            args[0], fields[f"{layer}.lora_A"], fields[f"{layer}.lora_B"]
+        )
+
+
+def _enter(block: nn.Module, args: tuple, kwargs: dict) -> None:
+    RUNNING.set(kwargs.get("memory_pass"))
+
+
+def _leave(block: nn.Module, args: tuple, output) -> None:
+    RUNNING.set(None)
+
+
+def linear_layers(model: nn.Module, config: LoRAMemoryConfig) -> dict[str, nn.Module]:
+    """The linear layers that `config` names, by their names in the decoder.
+
+    Raises:
+        ConfigError: a name that no linear layer has; a layer that is not there.
+    """
+    decoder = decoder_of(model)
+    blocks = decoder_layers(decoder)
+    (stack,) = (name for name, child in decoder.named_children() if child is blocks)
+    n_layers = len(blocks)
+    layers = range(n_layers) if config.layers is None else chosen_layers(config.layers, n_layers)
+    linear = {
+        f"{stack}.{layer}.{name}": module
+        for layer in layers
+        for name, module in blocks[layer].named_modules()
+        if widths(module) is not None
+    }
+    if config.target_modules is None:
+        return linear
+    found = {n: m for n, m in linear.items() if any(_ends(n, end) for end in config.target_modules)}
+    for i, end in enumerate(config.target_modules):
+        if not any(_ends(name, end) for name in found):
+            known = sorted({name.rsplit(".", 1)[-1] for name in linear})
+            raise ConfigError(f"target_modules.{i}: no linear layer is called {end!r}; there are {', '.join(known)}")
+    return found
+
+
+def _ends(name: str, end: str) -> bool:
+    return name == end or name.endswith(f".{end}")
+
+
+def widths(module: nn.Module) -> tuple[int, int] | None:
+    """Width in and out of a linear layer, GPT-2's too; None for other modules."""
+    if isinstance(module, nn.Linear):
+        return module.in_features, module.out_features
+    if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):
+        return module.nx, module.nf
+    return None
