@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
+from .config import ConfigError
 from .memory import Memory
 
 if TYPE_CHECKING:
@@ -14,6 +15,10 @@ if TYPE_CHECKING:
 
 ROOT = "memlayers"
 """Name of the child module that `attach` adds to a model."""
+ATTENTION_NAMES = ("self_attn", "attn", "attention")
+"""What architectures call the attention of a decoder layer."""
+MLP_NAMES = ("mlp", "feed_forward", "block_sparse_moe", "ffn")
+"""What architectures call the MLP of a decoder layer."""
 SUPPORTED = (
     "decoder-only causal language models (Llama, Qwen, Mistral, GPT-2, GPT-NeoX, Gemma, Phi and their like)"
 )
@@ -116,3 +121,32 @@ def decoder_layers(decoder: nn.Module) -> nn.ModuleList | None:
         child for child in decoder.children() if isinstance(child, nn.ModuleList) and len(child) == n_layers
     ]
     return lists[0] if lists else None
+
+
+def attention_of(model: nn.Module, layer: int) -> nn.Module:
+    """The attention of a decoder layer.
+
+    Raises:
+        ConfigError: it has none under a name we know.
+    """
+    return _part_of(model, layer, "attention", ATTENTION_NAMES)
+
+
+def mlp_of(model: nn.Module, layer: int) -> nn.Module:
+    """The MLP of a decoder layer.
+
+    Raises:
+        ConfigError: it has none under a name we know.
+    """
+    return _part_of(model, layer, "MLP", MLP_NAMES)
+
+
+def _part_of(model: nn.Module, layer: int, what: str, names: tuple[str, ...]) -> nn.Module:
+    block = decoder_layers(decoder_of(model))[layer]
+    for name in names:
+        if isinstance(getattr(block, name, None), nn.Module):
+            return getattr(block, name)
+    raise ConfigError(
+        f"layers: layer {layer} of {type(model).__name__} has no {what} called {', '.join(names)}; "
+        f"it has {', '.join(name for name, _ in block.named_children())}"
+    )

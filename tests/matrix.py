@@ -61,12 +61,13 @@ class Kind:
     decoding_writes: bool = False
     replaces: bool = False
     chooses: bool = False
+    by_gradient: bool = False
     only: tuple[str, ...] = ()
 
     @property
     def streams(self) -> bool:
         """Keeps a state that every token changes; keys and values stay beside it."""
-        return self.stateful and not self.segmented
+        return self.stateful and not self.segmented and not self.by_gradient
 
     def with_fields(self, **fields) -> Kind:
         """The same memories with some fields of their configs changed."""
@@ -275,6 +276,21 @@ KINDS += [
     _neural(
         "neural_window", only=("llama", "mistral_sliding", "gpt2", "gemma3"), rule="delta", sliding_window=4
     ),
+]
+
+
+KINDS += [
+    Kind(
+        "lora",
+        {
+            "notes": ml.LoRAMemoryConfig(
+                r=4, writer={"steps": 2, "learning_rate": 0.5, "optimizer": "sgd", "segment_length": 5}
+            )
+        },
+        additive=True,
+        segmented=False,
+        by_gradient=True,
+    )
 ]
 
 

@@ -12,20 +12,20 @@ class LoRAAdapter(nn.Module):
     """y = x Aᵀ Bᵀ · lora_alpha / r (2106.09685, section 4.1), A and B from the state of each row.
 
     Attributes:
-        lora_A: (r, in_features), where every row's A starts.
-        lora_B: (out_features, r), where every row's B starts: at zero, which leaves the model as it was.
+        A: (r, in_features), where every row's A starts. (PEFT takes parameters called lora_A for its own.)
+        B: (out_features, r), where every row's B starts: at zero, which leaves the model as it was.
     """
 
     def __init__(self, in_features: int, out_features: int, r: int, lora_alpha: float):
         super().__init__()
-        self.lora_A = nn.Parameter(torch.empty(r, in_features))
-        self.lora_B = nn.Parameter(torch.zeros(out_features, r))
+        self.A = nn.Parameter(torch.empty(r, in_features))
+        self.B = nn.Parameter(torch.zeros(out_features, r))
         self.scaling = lora_alpha / r
-        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))  # as in PEFT
+        nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))  # as in PEFT
 
     def new_state(self, batch_size: int) -> tuple[torch.Tensor, torch.Tensor]:
         """A (batch, r, in_features) and B (batch, out_features, r) before anything is written, in float32."""
-        return tuple(x.float().expand(batch_size, -1, -1) for x in (self.lora_A, self.lora_B))
+        return tuple(x.float().expand(batch_size, -1, -1) for x in (self.A, self.B))
 
     def forward(self, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         """What the adapters add.
@@ -50,5 +50,5 @@ class LoRAAdapter(nn.Module):
         return added.view(*x.shape[:2], -1).to(x.dtype)
 
     def extra_repr(self) -> str:
-        r, in_features = self.lora_A.shape
-        return f"in_features={in_features}, out_features={self.lora_B.shape[0]}, r={r}, scaling={self.scaling:g}"
+        r, in_features = self.A.shape
+        return f"in_features={in_features}, out_features={self.B.shape[0]}, r={r}, scaling={self.scaling:g}"

@@ -9,7 +9,7 @@ from torch import nn
 
 from ..config import ConfigError, chosen_layers
 from ..memory import Fields, Memory
-from ..model import decoder_layers, decoder_of
+from ..model import attention_of, decoder_layers, decoder_of
 from ..passes import Pass
 from .config import LoRAMemoryConfig
 from .module import LoRAAdapter
@@ -47,8 +47,11 @@ class LoRAMemories(Memory):
     def install(self, model: nn.Module) -> list:
         decoder = decoder_of(model)
         handles = []
-        for block in decoder_layers(decoder):
+        for layer, block in enumerate(decoder_layers(decoder)):
             handles.append(block.register_forward_pre_hook(_enter, with_kwargs=True))
+            handles.append(
+                attention_of(model, layer).register_forward_pre_hook(_enter_again, with_kwargs=True)
+            )
             handles.append(block.register_forward_hook(_leave, always_call=True))
         for key in self.adapters:
             module = decoder.get_submodule(key.replace("-", "."))
@@ -107,6 +110,14 @@ def _enter(block: nn.Module, args: tuple, kwargs: dict) -> None:
     RUNNING.set(kwargs.get("memory_pass"))
 
 
+def _enter_again(attention: nn.Module, args: tuple, kwargs: dict):
+    """The same from the keywords that a layer hands to its attention: gradient checkpointing runs a layer's forward
+    a second time without the hooks around it."""
+    if "memory_pass" in kwargs:
+        RUNNING.set(kwargs.pop("memory_pass"))
+    return args, kwargs
+
+
 def _leave(block: nn.Module, args: tuple, output) -> None:
     RUNNING.set(None)
 
@@ -134,7 +145,9 @@ def linear_layers(model: nn.Module, config: LoRAMemoryConfig) -> dict[str, nn.Mo
     for i, end in enumerate(config.target_modules):
         if not any(_ends(name, end) for name in found):
             known = sorted({name.rsplit(".", 1)[-1] for name in linear})
-            raise ConfigError(f"target_modules.{i}: no linear layer is called {end!r}; there are {', '.join(known)}")
+            raise ConfigError(
+                f"target_modules.{i}: no linear layer is called {end!r}; there are {', '.join(known)}"
+            )
     return found
 
 

@@ -54,7 +54,9 @@ def of_text(input_ids: torch.Tensor, mask: torch.Tensor, segment_length: int) ->
     ids = packed[:, place.clamp(max=packed.shape[1] - 1)]
     learned = real.clone()
     learned[..., 0] = False
-    real = real & (learned.any(-1, keepdim=True))  # a segment that has nothing but the last token of the one before
+    real = real & (
+        learned.any(-1, keepdim=True)
+    )  # a segment that has nothing but the last token of the one before
     return Segments(ids, real, learned)
 
 

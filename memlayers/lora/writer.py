@@ -68,7 +68,7 @@ def _steps(model, name: str, segments: Segments, state, fields: Fields, writer: 
 
 def row_losses(model: PreTrainedModel, segments: Segments, state: MemoryState) -> torch.Tensor:
     """(batch,) float32: mean cross-entropy of each row's learned tokens, read with its adapter; 0 where it has none."""
-    rows, n_segments, width = segments.ids.shape
+    rows, n_segments = segments.ids.shape[:2]
     device = model.get_input_embeddings().weight.device
     ids, mask, learned = (x.flatten(0, 1).to(device) for x in segments)
     cache = MemoryCache(state)
@@ -77,7 +77,7 @@ def row_losses(model: PreTrainedModel, segments: Segments, state: MemoryState) -
         input_ids=ids, attention_mask=mask.long(), past_key_values=cache, use_cache=False, write_memory=False
     ).logits
     each = F.cross_entropy(logits[:, :-1].float().transpose(1, 2), ids[:, 1:], reduction="none")
-    each, counted = (x.view(rows, -1) for x in (each, learned[:, 1:]))
+    each, counted = (x.reshape(rows, -1) for x in (each, learned[:, 1:]))
     return (each * counted).sum(1) / counted.sum(1).clamp(min=1)
 
 

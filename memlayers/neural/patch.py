@@ -7,16 +7,13 @@ from functools import partial
 import torch
 from torch import nn
 
-from ..config import ConfigError, chosen_layers
+from ..config import chosen_layers
 from ..memory import Fields, Memory
-from ..model import decoder_layers, decoder_of
+from ..model import attention_of, decoder_layers, decoder_of
 from ..passes import Pass
 from .config import NeuralMemoryConfig
 from .context import in_context
 from .module import NeuralMemory
-
-ATTENTION_NAMES = ("self_attn", "attn", "attention")
-"""What architectures call the attention of a decoder layer."""
 
 
 class NeuralMemories(Memory):
@@ -240,19 +237,3 @@ def _recomputes_reentrant(block: nn.Module) -> bool:
     if not (getattr(block, "gradient_checkpointing", False) and block.training):
         return False
     return getattr(block._gradient_checkpointing_func, "keywords", {}).get("use_reentrant", True)
-
-
-def attention_of(model: nn.Module, layer: int) -> nn.Module:
-    """The attention of a decoder layer.
-
-    Raises:
-        ConfigError: it has none under a name we know.
-    """
-    block = decoder_layers(decoder_of(model))[layer]
-    for name in ATTENTION_NAMES:
-        if isinstance(getattr(block, name, None), nn.Module):
-            return getattr(block, name)
-    raise ConfigError(
-        f"layers: layer {layer} of {type(model).__name__} has no attention called {', '.join(ATTENTION_NAMES)}; "
-        f"it has {', '.join(name for name, _ in block.named_children())}"
-    )

@@ -7,12 +7,9 @@ from torch import nn
 
 from ..config import ConfigError, chosen_layers
 from ..memory import Memory
-from ..model import decoder_layers, decoder_of, memories
+from ..model import memories, mlp_of
 from .config import ProductKeyMemoryConfig
 from .module import ProductKeyMemory, new_values
-
-MLP_NAMES = ("mlp", "feed_forward", "block_sparse_moe", "ffn")
-"""What architectures call the MLP of a decoder layer."""
 
 
 class ProductKeyMemories(Memory):
@@ -98,22 +95,6 @@ class _Replacement:
         del self.mlp.__dict__["forward"]
         if self.below is not None:
             self.mlp.__dict__["forward"] = self.below
-
-
-def mlp_of(model: nn.Module, layer: int) -> nn.Module:
-    """The MLP of a decoder layer.
-
-    Raises:
-        ConfigError: it has none under a name we know.
-    """
-    block = decoder_layers(decoder_of(model))[layer]
-    for name in MLP_NAMES:
-        if isinstance(getattr(block, name, None), nn.Module):
-            return getattr(block, name)
-    raise ConfigError(
-        f"layers: layer {layer} of {type(model).__name__} has no MLP called {', '.join(MLP_NAMES)}; "
-        f"it has {', '.join(name for name, _ in block.named_children())}"
-    )
 
 
 def product_key_memories(model: nn.Module) -> dict[str, ProductKeyMemories]:
