@@ -49,6 +49,7 @@ class Kind:
         decoding_writes: `write_while_decoding` is on.
         chooses: reads what scores best, a step where rounding may tip the scale.
         replaces: takes the place of an MLP, whose parameters get no gradient then.
+        by_gradient: `ml.write` takes gradient steps; a forward call only reads.
         only: the architectures it is run on, where the others would show nothing new; (): all.
     """
 
@@ -68,6 +69,11 @@ class Kind:
     def streams(self) -> bool:
         """Keeps a state that every token changes; keys and values stay beside it."""
         return self.stateful and not self.segmented and not self.by_gradient
+
+    @property
+    def in_one_call(self) -> bool:
+        """Generation with a cache is one forward call over all of the text so far."""
+        return self.decoding_writes or self.by_gradient
 
     def with_fields(self, **fields) -> Kind:
         """The same memories with some fields of their configs changed."""
@@ -284,7 +290,9 @@ KINDS += [
         "lora",
         {
             "notes": ml.LoRAMemoryConfig(
-                r=4, writer={"steps": 2, "learning_rate": 0.5, "optimizer": "sgd", "segment_length": 5}
+                r=4,
+                lora_alpha=8,
+                writer={"steps": 2, "learning_rate": 1.0, "optimizer": "sgd", "segment_length": 5},
             )
         },
         additive=True,

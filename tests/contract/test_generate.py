@@ -41,7 +41,7 @@ def recompute(model, ids, answer, state=None, writes=False):
 def test_greedy(case):
     model, ids = case.model(), tokens(2, PROMPT)
     answer, logits, output = generate(model, ids)
-    near(logits, recompute(model, ids, answer, writes=case.kind.decoding_writes))
+    near(logits, recompute(model, ids, answer, writes=case.kind.in_one_call))
     assert torch.equal(answer, logits.argmax(-1))
     cache = output.past_key_values
     assert isinstance(cache, ml.MemoryCache) == case.kind.stateful
@@ -55,7 +55,7 @@ def test_greedy_from_a_written_state(case):
     state = ml.write(model, tokens(2, TEXT))
     kept = state.clone()
     answer, logits, _ = generate(model, question, past_key_values=state.to_cache())
-    near(logits, recompute(model, question, answer, state, writes=case.kind.decoding_writes))
+    near(logits, recompute(model, question, answer, state, writes=case.kind.in_one_call))
     same_state(state, kept, tolerance=0)  # the value given is never changed in place
     again, _, _ = generate(model, question, memory_state=state)
     assert torch.equal(again, answer)
@@ -95,7 +95,7 @@ def test_beams(case):
         model, ids, new=NEW, num_beams=beams, num_return_sequences=beams, length_penalty=0.0
     )
     prompt, answer = ids.repeat_interleave(beams, 0), output.sequences[:, PROMPT:]
-    logits = recompute(model, prompt, answer, writes=case.kind.decoding_writes)
+    logits = recompute(model, prompt, answer, writes=case.kind.in_one_call)
     scores = logits.log_softmax(-1).gather(2, answer[..., None]).sum((1, 2))
     near(output.sequences_scores, scores, 1e-3)
 
@@ -110,7 +110,7 @@ def test_beams_from_a_written_state(case):
         model, question, new=NEW, num_beams=beams, past_key_values=cache, length_penalty=0.0
     )
     answer = output.sequences[:, question.shape[1] :]
-    logits = recompute(model, question, answer, state, writes=case.kind.decoding_writes)
+    logits = recompute(model, question, answer, state, writes=case.kind.in_one_call)
     scores = logits.log_softmax(-1).gather(2, answer[..., None]).sum((1, 2))
     near(output.sequences_scores, scores, 1e-3)
 
@@ -214,11 +214,11 @@ def test_a_second_turn_on_the_same_cache(case):
     state = cache.memory_state.clone()
     text = torch.cat([output.sequences, turn], 1)
     second, logits, _ = generate(model, text, past_key_values=cache)
-    if case.kind.streams:  # attention still has the first turn
+    if not case.kind.segmented:  # attention still has the first turn
         near(logits, recompute(model, text, second, writes=True))
         return
     unread = torch.cat([answer[:, -1:], turn], 1)  # the last token of an answer is never fed back
-    near(logits, recompute(model, unread, second, state, writes=case.kind.decoding_writes))
+    near(logits, recompute(model, unread, second, state, writes=case.kind.in_one_call))
 
 
 @torch.no_grad()

@@ -194,9 +194,10 @@ def test_peft_over_a_model_with_memory(case, tmp_path):
         given = {}
         if case.kind.stateful:
             state = ml.write(wrapped, ids)
+            by_reading = wrapped(input_ids=ids, close_memory=True).memory_state
             near(
                 wrapped(input_ids=ids[:, :3], memory_state=state).logits,
-                model(ids[:, :3], memory_state=wrapped(input_ids=ids, close_memory=True).memory_state).logits,
+                model(ids[:, :3], memory_state=state if case.kind.by_gradient else by_reading).logits,
             )
             given = {"past_key_values": state.to_cache()}
         answer = wrapped.generate(
