@@ -81,9 +81,16 @@ class Memory(nn.Module):
         input_ids: torch.Tensor,
         mask: torch.Tensor,
         state: MemoryState,
+        *,
+        differentiable: bool,
         progress: bool,
     ) -> Fields:
-        """This memory's fields after a text (batch, tokens) is written into `state` `by_gradient`, `state` unchanged."""
+        """This memory's fields after a text (batch, tokens) is written into `state` `by_gradient`, `state` unchanged.
+
+        Args:
+            mask: (batch, tokens) bool, False at padding.
+            differentiable: keep the graph from the state and this memory's parameters to the result.
+        """
         raise NotImplementedError(f"{type(self).__name__} is written by forward calls")
 
     def check_state(self, fields: Fields, name: str) -> None:

@@ -59,6 +59,11 @@ def stateful(model: nn.Module) -> dict[str, Memory]:
     return {**segmented(model), **streaming(model)}
 
 
+def by_gradient(model: nn.Module) -> bool:
+    """Whether the memories that keep a state are written by gradient steps and not by forward calls."""
+    return any(m.by_gradient for m in stateful(model).values())
+
+
 def windowed(model: nn.Module) -> bool:
     """Whether a memory keeps attention within a window of its own."""
     return any(m.segment_length is not None or m.sliding_window is not None for m in stateful(model).values())

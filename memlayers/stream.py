@@ -9,7 +9,7 @@ from tqdm.auto import tqdm
 
 from . import segments, streaming
 from .forward import check_state, streaming_request
-from .model import decoder_layers, decoder_of, max_positions, memories, segmented, stateful
+from .model import by_gradient, decoder_layers, decoder_of, max_positions, memories, segmented, stateful
 from .state import PENDING, MemoryCache, MemoryState
 
 if TYPE_CHECKING:
@@ -19,7 +19,6 @@ SEGMENTS_PER_CALL = 16
 TOKENS_PER_CALL = 1024
 
 
-@torch.no_grad()
 def write(
     model: PreTrainedModel,
     input_ids: torch.Tensor,
@@ -27,9 +26,10 @@ def write(
     *,
     attention_mask: torch.Tensor | None = None,
     close: bool = True,
+    differentiable: bool = False,
     progress: bool = False,
 ) -> MemoryState:
-    """Read `input_ids` and return what is remembered. No logits, no keys and values kept, no gradient.
+    """Read `input_ids` and return what is remembered. No keys and values kept; no gradient unless asked for.
 
     Args:
         model: a model with at least one memory that keeps a state.
@@ -38,6 +38,8 @@ def write(
         attention_mask: (batch, tokens), 0 at padding.
         close: write the last, open segment too. With False its tokens stay in the state as they are, and the
             next call continues them. Memories that stream leave nothing open.
+        differentiable: keep the graph from what is learned to the state, to train how a memory is written. Only for
+            memories that are written by gradient steps; the others are trained through forward calls.
         progress: show a progress bar.
 
     Returns:
@@ -62,11 +64,18 @@ def write(
         )
     check_state(reading, state, input_ids.shape[0])
 
-    if any(memory.by_gradient for memory in reading.values()):
-        return _write_by_gradient(model, reading, input_ids, attention_mask, state, progress)
-    if segmented(model):
-        return _write_segments(model, input_ids, attention_mask, state, close, progress)
-    return _write_stream(model, input_ids, attention_mask, state, progress)
+    if by_gradient(model):
+        options = {"differentiable": differentiable, "progress": progress}
+        return _write_by_gradient(model, reading, input_ids, attention_mask, state, **options)
+    if differentiable:
+        raise ValueError(
+            "differentiable: this model's memories are written by forward calls; take output.memory_state of "
+            "model(input_ids, close_memory=True) instead"
+        )
+    with torch.no_grad():
+        if segmented(model):
+            return _write_segments(model, input_ids, attention_mask, state, close, progress)
+        return _write_stream(model, input_ids, attention_mask, state, progress)
 
 
 def _write_segments(model, input_ids, attention_mask, state, close: bool, progress: bool) -> MemoryState:
@@ -121,12 +130,12 @@ def _write_stream(model, input_ids, attention_mask, state, progress: bool) -> Me
     return cache.memory_state
 
 
-def _write_by_gradient(model, reading, input_ids, attention_mask, state, progress: bool) -> MemoryState:
+def _write_by_gradient(model, reading, input_ids, attention_mask, state, **options) -> MemoryState:
     mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
     state = state or streaming.fresh_state(reading, input_ids.shape[0])
     fields = dict(state.fields)
     for name, memory in reading.items():
-        fields[name] = memory.write(model, name, input_ids, mask.bool(), state, progress)
+        fields[name] = memory.write(model, name, input_ids, mask.bool(), state, **options)
     return MemoryState(fields)
 
 

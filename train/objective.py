@@ -6,6 +6,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from memlayers.model import by_gradient
+from memlayers.stream import write
+
 from .background import Background, divergence
 from .data import ANSWER, CONTEXT, Batch
 
@@ -66,6 +69,9 @@ class Objective(nn.Module):
 
     def _write(self, batch: Batch):
         """The state after the context, and the context's own loss if it has a weight."""
+        if by_gradient(self.model):
+            options = {"attention_mask": batch.context_mask, "differentiable": torch.is_grad_enabled()}
+            return 0.0, write(self.model, batch.context_ids, **options)
         output = self.model(
             input_ids=batch.context_ids,
             attention_mask=batch.context_mask,

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from ..config import MemoryConfig, Strict
+from ..config import ConfigError, MemoryConfig, Strict
 
 
 class WriterSection(Strict):
@@ -21,6 +21,10 @@ class WriterSection(Strict):
         clip: largest norm of a row's gradient; None: no clipping.
         streaming: write segment after segment, each with the adapter that those before it left (Temp-LoRA, 2401.11504),
             instead of all at the same time (PERK, 2507.06415).
+        learned_steps: each inner step has a learned rate for each tensor (PERK); `learning_rate` is where they start.
+        token_weights: a learned weight for each token of a text, from its hidden state (PERK); all start at 1.
+        unroll: in training, how many of the last inner steps the outer gradient passes through. None: all (MAML); 0:
+            none (FOMAML). Through the others it passes as if the steps did not depend on the adapter.
     """
 
     steps: int = Field(4, ge=0)
@@ -29,6 +33,15 @@ class WriterSection(Strict):
     segment_length: int = Field(256, ge=1)
     clip: float | None = Field(None, gt=0)
     streaming: bool = False
+    learned_steps: bool = False
+    token_weights: bool = False
+    unroll: int | None = Field(None, ge=0)
+
+    @model_validator(mode="after")
+    def _fits_together(self):
+        if self.unroll is not None and self.unroll > self.steps:
+            raise ConfigError(f"unroll: {self.unroll} is more than the {self.steps} steps")
+        return self
 
 
 class LoRAMemoryConfig(MemoryConfig):

@@ -14,7 +14,7 @@ from ..passes import Pass
 from .config import LoRAMemoryConfig
 from .module import LoRAAdapter
 from .segments import of_text
-from .writer import write
+from .writer import Writer
 
 RUNNING: ContextVar[Pass | None] = ContextVar("RUNNING", default=None)
 """The pass of the decoder layer that runs: linear layers get no keywords."""
@@ -25,12 +25,13 @@ class LoRAMemories(Memory):
 
     Attributes:
         adapters: name of the linear layer in the decoder, with - for the dots, to `LoRAAdapter`.
+        writer: the `Writer`, which does the gradient steps.
     """
 
     in_layers = True
     by_gradient = True
 
-    def __init__(self, config: LoRAMemoryConfig, targets: dict[str, tuple[int, int]]):
+    def __init__(self, config: LoRAMemoryConfig, targets: dict[str, tuple[int, int]], hidden_size: int):
         super().__init__(config)
         self.adapters = nn.ModuleDict(
             {
@@ -38,11 +39,13 @@ class LoRAMemories(Memory):
                 for name, widths in targets.items()
             }
         )
+        self.writer = Writer(config.writer, 2 * len(targets), hidden_size)
 
     @classmethod
     def for_model(cls, config: LoRAMemoryConfig, model: nn.Module) -> LoRAMemories:
         found = linear_layers(model, config)
-        return cls(config, {name: widths(module) for name, module in found.items()})
+        hidden_size = model.config.get_text_config(decoder=True).hidden_size
+        return cls(config, {name: widths(module) for name, module in found.items()}, hidden_size)
 
     def install(self, model: nn.Module) -> list:
         decoder = decoder_of(model)
@@ -66,9 +69,9 @@ class LoRAMemories(Memory):
             fields[f"{name}.lora_A"], fields[f"{name}.lora_B"] = adapter.new_state(batch_size)
         return fields
 
-    def write(self, model, name, input_ids, mask, state, progress) -> Fields:
+    def write(self, model, name, input_ids, mask, state, **options) -> Fields:
         segments = of_text(input_ids, mask, self.config.writer.segment_length)
-        return write(model, self, name, segments, state, progress=progress)
+        return self.writer.write(model, name, segments, state, **options)
 
     def check_state(self, fields: Fields, name: str) -> None:
         expected = self.new_state(1)

@@ -1,112 +1,142 @@
 """Writing by gradient steps: an adapter a row, trained on the segments of its text.
 
-    φ_{i+1} = φ_i − step(∇ Σ_rows loss(φ_i; segments of the row)),    φ = A and B of all layers
+    φ_{i+1} = φ_i − step_i(∇ Σ_rows loss(φ_i; segments of the row)),    φ = A and B of all layers
 
-Rows do not see each other: each has its own adapter, its own mean loss, and its own moments.
+Rows do not see each other: each has its own adapter, its own mean loss, and its own moments. `Writer` holds what can be
+learned about writing (PERK, 2507.06415, section 3): a rate for each tensor and step, and weights for the tokens.
 """
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm.auto import tqdm
 
 from ..memory import Fields
 from ..state import MemoryCache, MemoryState
 from .config import WriterSection
+from .inner import InnerOptimizer
 from .segments import Segments
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from .patch import LoRAMemories
 
+class Writer(nn.Module):
+    """The inner training of one memory.
 
-def write(
-    model: PreTrainedModel,
-    memory: LoRAMemories,
-    name: str,
-    segments: Segments,
-    state: MemoryState,
-    *,
-    progress: bool = False,
-) -> Fields:
-    """The fields of `memory` after `segments` are written into those of `state`. No gradient; `state` is unchanged.
-
-    Raises:
-        ValueError: the loss of a row is not finite; names the step and the row.
+    Attributes:
+        log_rates: (steps, tensors) logarithms of the inner rates, where they are learned.
+        token_weights: hidden states (..., hidden_size) to (..., 1), the weight before 2 · sigmoid; where they are learned.
     """
-    writer = memory.config.writer
-    parts = segments.one_by_one() if writer.streaming else [segments]
-    bar = tqdm(total=len(parts) * writer.steps, unit="step", desc="write", disable=not progress)
-    with torch.inference_mode(False), torch.enable_grad():
-        fields = {field: x.detach().clone() for field, x in state[name].items()}
-        for part in parts:
-            fields = _steps(model, name, part, state, fields, writer, bar)
-    bar.close()
-    return fields
 
+    def __init__(self, config: WriterSection, n_tensors: int, hidden_size: int):
+        super().__init__()
+        self.config = config
+        self.log_rates = self.token_weights = None
+        if config.learned_steps:
+            start = torch.full((config.steps, n_tensors), config.learning_rate)
+            self.log_rates = nn.Parameter(start.log())
+        if config.token_weights:
+            width = max(hidden_size // 4, 1)
+            self.token_weights = nn.Sequential(
+                nn.Linear(hidden_size, width), nn.GELU(), nn.Linear(width, 1, bias=False)
+            )
+            nn.init.zeros_(self.token_weights[-1].weight)
 
-def _steps(model, name: str, segments: Segments, state, fields: Fields, writer: WriterSection, bar) -> Fields:
-    inner = _Inner(writer, list(fields.values()))
-    for step in range(writer.steps):
-        leaves = {field: x.detach().requires_grad_() for field, x in fields.items()}
-        losses = row_losses(model, segments, MemoryState({**state.fields, name: leaves}))
+    def write(
+        self,
+        model: PreTrainedModel,
+        name: str,
+        segments: Segments,
+        state: MemoryState,
+        *,
+        differentiable: bool = False,
+        progress: bool = False,
+    ) -> Fields:
+        """The fields of memory `name` after `segments` are written into those of `state`, which is left as it is.
+
+        Args:
+            differentiable: keep the graph from the state, and from what is learned here, to the result.
+
+        Raises:
+            ValueError: the loss of a row is not finite; names the step and the row.
+        """
+        parts = segments.one_by_one() if self.config.streaming else [segments]
+        bar = tqdm(total=len(parts) * self.config.steps, unit="step", desc="write", disable=not progress)
+        fields = state[name]
+        with torch.inference_mode(False), torch.enable_grad(), _twice_differentiable(differentiable):
+            if not differentiable:
+                fields = {field: x.detach().clone() for field, x in fields.items()}
+            for part in parts:
+                fields = self._steps(model, name, part, state, fields, differentiable, bar)
+        bar.close()
+        return fields
+
+    def _steps(self, model, name, segments, state, fields: Fields, differentiable: bool, bar) -> Fields:
+        optimizer = InnerOptimizer(self.config, list(fields.values()))
+        unroll = self.config.steps if self.config.unroll is None else self.config.unroll
+        for step in range(self.config.steps):
+            through = differentiable and step >= self.config.steps - unroll
+            given = fields if through else {field: x.detach().requires_grad_() for field, x in fields.items()}
+            losses = self.row_losses(model, segments, MemoryState({**state.fields, name: given}))
+            self._check(losses, step)
+            gradients = torch.autograd.grad(losses.sum(), list(given.values()), create_graph=through)
+            directions = optimizer.directions(gradients)
+            fields = {
+                field: x - rate * direction
+                for (field, x), rate, direction in zip(
+                    fields.items(), self._rates(step, len(fields), differentiable), directions
+                )
+            }
+            bar.update()
+        return fields
+
+    def _rates(self, step: int, n_tensors: int, differentiable: bool) -> list:
+        if self.log_rates is None:
+            return [self.config.learning_rate] * n_tensors
+        rates = self.log_rates[step].exp()
+        return list((rates if differentiable else rates.detach()).unbind())
+
+    def _check(self, losses: torch.Tensor, step: int) -> None:
         bad = (~losses.isfinite()).nonzero().flatten().tolist()
         if bad:
             raise ValueError(
-                f"step {step + 1} of {writer.steps} of writing: the loss of row {bad[0]} is {losses[bad[0]].item()}; "
-                "nothing was written, the state is as it was. Lower writer.learning_rate or set writer.clip"
+                f"step {step + 1} of {self.config.steps} of writing: the loss of row {bad[0]} is "
+                f"{losses[bad[0]].item()}; nothing was written, the state is as it was. Lower writer.learning_rate or "
+                "set writer.clip"
             )
-        gradients = torch.autograd.grad(losses.sum(), list(leaves.values()))
-        fields = dict(zip(fields, inner.step(list(fields.values()), gradients)))
-        bar.update()
-    return fields
+
+    def row_losses(self, model: PreTrainedModel, segments: Segments, state: MemoryState) -> torch.Tensor:
+        """(batch,) float32: the (weighted) mean cross-entropy of each row's learned tokens, read with its adapter; 0
+        where it has none."""
+        rows, n_segments = segments.ids.shape[:2]
+        device = model.get_input_embeddings().weight.device
+        ids, mask, learned = (x.flatten(0, 1).to(device) for x in segments)
+        cache = MemoryCache(state)
+        cache.shared_by = n_segments
+        output = model(
+            input_ids=ids,
+            attention_mask=mask.long(),
+            past_key_values=cache,
+            use_cache=False,
+            output_hidden_states=self.token_weights is not None,
+        )
+        each = F.cross_entropy(output.logits[:, :-1].float().transpose(1, 2), ids[:, 1:], reduction="none")
+        counted = learned[:, 1:]
+        if self.token_weights is not None:
+            hidden = output.hidden_states[-1][:, 1:]
+            weight = self.token_weights(hidden.to(self.token_weights[0].weight.dtype))
+            each = each * 2 * torch.sigmoid(weight[..., 0].float())
+        each, counted = (x.reshape(rows, -1) for x in (each, counted))
+        return (each * counted).sum(1) / counted.sum(1).clamp(min=1)
 
 
-def row_losses(model: PreTrainedModel, segments: Segments, state: MemoryState) -> torch.Tensor:
-    """(batch,) float32: mean cross-entropy of each row's learned tokens, read with its adapter; 0 where it has none."""
-    rows, n_segments = segments.ids.shape[:2]
-    device = model.get_input_embeddings().weight.device
-    ids, mask, learned = (x.flatten(0, 1).to(device) for x in segments)
-    cache = MemoryCache(state)
-    cache.shared_by = n_segments
-    logits = model(
-        input_ids=ids, attention_mask=mask.long(), past_key_values=cache, use_cache=False, write_memory=False
-    ).logits
-    each = F.cross_entropy(logits[:, :-1].float().transpose(1, 2), ids[:, 1:], reduction="none")
-    each, counted = (x.reshape(rows, -1) for x in (each, learned[:, 1:]))
-    return (each * counted).sum(1) / counted.sum(1).clamp(min=1)
-
-
-class _Inner:
-    """The inner optimizer, element by element, so that rows stay apart."""
-
-    def __init__(self, writer: WriterSection, tensors: list[torch.Tensor]):
-        self.writer, self.n_steps = writer, 0
-        self.first = [torch.zeros_like(x) for x in tensors]
-        self.second = [torch.zeros_like(x) for x in tensors]
-
-    def step(self, tensors, gradients) -> list[torch.Tensor]:
-        self.n_steps += 1
-        if self.writer.clip is not None:
-            gradients = clipped(gradients, self.writer.clip)
-        rate = self.writer.learning_rate
-        if self.writer.optimizer == "sgd":
-            return [x - rate * g for x, g in zip(tensors, gradients)]
-        self.first = [0.9 * m + 0.1 * g for m, g in zip(self.first, gradients)]
-        self.second = [0.999 * v + 0.001 * g * g for v, g in zip(self.second, gradients)]
-        by_first, by_second = 1 - 0.9**self.n_steps, 1 - 0.999**self.n_steps
-        return [
-            x - rate * (m / by_first) / ((v / by_second).sqrt() + 1e-8)
-            for x, m, v in zip(tensors, self.first, self.second)
-        ]
-
-
-def clipped(gradients, largest: float) -> list[torch.Tensor]:
-    """Gradients (batch, ...) with each row's norm, over all of them, at most `largest`."""
-    norms = torch.stack([g.flatten(1).norm(dim=1) for g in gradients]).norm(dim=0)
-    scale = (largest / norms.clamp(min=1e-12)).clamp(max=1)
-    return [g * scale[:, None, None] for g in gradients]
+def _twice_differentiable(on: bool):
+    """Fused attention has no second derivative; the plain one has."""
+    return sdpa_kernel(SDPBackend.MATH) if on else nullcontext()
