@@ -25,7 +25,8 @@ class LoRAAdapter(nn.Module):
 
     def new_state(self, batch_size: int) -> tuple[torch.Tensor, torch.Tensor]:
         """A (batch, r, in_features) and B (batch, out_features, r) before anything is written, in float32."""
-        return tuple(x.float().expand(batch_size, -1, -1) for x in (self.A, self.B))
+        precise = torch.promote_types(self.A.dtype, torch.float32)
+        return tuple(x.to(precise).expand(batch_size, -1, -1) for x in (self.A, self.B))
 
     def forward(self, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         """What the adapters add.

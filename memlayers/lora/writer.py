@@ -127,12 +127,14 @@ class Writer(nn.Module):
             use_cache=False,
             output_hidden_states=self.token_weights is not None,
         )
-        each = F.cross_entropy(output.logits[:, :-1].float().transpose(1, 2), ids[:, 1:], reduction="none")
+        logits = output.logits[:, :-1]
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32)).transpose(1, 2)
+        each = F.cross_entropy(logits, ids[:, 1:], reduction="none")
         counted = learned[:, 1:]
         if self.token_weights is not None:
             hidden = output.hidden_states[-1][:, 1:]
             weight = self.token_weights(hidden.to(self.token_weights[0].weight.dtype))
-            each = each * 2 * torch.sigmoid(weight[..., 0].float())
+            each = each * 2 * torch.sigmoid(weight[..., 0].to(each.dtype))
         each, counted = (x.reshape(rows, -1) for x in (each, counted))
         return (each * counted).sum(1) / counted.sum(1).clamp(min=1)
 

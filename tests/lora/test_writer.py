@@ -1,0 +1,211 @@
+"""Writing by gradient steps: what a step is, for whom, and how the outer gradient comes back."""
+
+import pytest
+import torch
+from matrix import ARCHITECTURES, pad, says, tokens
+from peft import LoraConfig, get_peft_model
+
+import memlayers as ml
+from memlayers.lora.segments import of_text
+
+TEXT = 17
+LLAMA, GPT2 = ARCHITECTURES[0], ARCHITECTURES[3]
+
+
+def wrapped(architecture=LLAMA, dtype=torch.float32, shake=0.0, r=3, **writer):
+    """A model with a LoRA memory; `shake` moves what is learned off its start."""
+    model = architecture.build().eval().to(dtype)
+    fields = {"steps": 2, "learning_rate": 0.01, "segment_length": 5, **writer}
+    torch.manual_seed(1)
+    memory = ml.attach(model, ml.LoRAMemoryConfig(r=r, lora_alpha=6, writer=fields), name="notes").to(dtype)
+    with torch.no_grad():
+        for parameter in memory.parameters():
+            parameter.add_(shake * torch.randn_like(parameter))
+    return model, memory
+
+
+def values(state):
+    return list(state["notes"].values())
+
+
+@pytest.mark.parametrize("architecture", [LLAMA, GPT2], ids=lambda a: a.name)
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_it_is_a_lora_of_peft_trained_on_the_segments(architecture, optimizer):
+    """The same start, loss and steps, by PEFT's layers and torch's optimizers, in float64."""
+    model, memory = wrapped(architecture, torch.float64, steps=3, optimizer=optimizer, learning_rate=0.02)
+    ids = tokens(1, TEXT)
+    with torch.no_grad():
+        for adapter in memory.adapters.values():
+            adapter.B.add_(0.1 * torch.randn_like(adapter.B))
+    state = ml.write(model, ids)
+    names = [key.replace("-", ".") for key in memory.adapters]
+
+    base = architecture.build().eval().double()
+    decoder = next(name for name, child in base.named_children() if child is base.get_decoder())
+    targets = [f"{decoder}.{name}" for name in names]
+    config = LoraConfig(r=3, lora_alpha=6, target_modules=targets, fan_in_fan_out=architecture is GPT2)
+    peft = get_peft_model(base, config).double()
+    found = dict(peft.named_parameters())
+    pairs = []
+    for name, target in zip(names, targets):
+        adapter = memory.adapters[name.replace(".", "-")]
+        for part, start in (("lora_A", adapter.A), ("lora_B", adapter.B)):
+            parameter = found[f"base_model.model.{target}.{part}.default.weight"]
+            parameter.data.copy_(start)
+            pairs.append((parameter, f"{name}.{part}"))
+    kind = torch.optim.SGD if optimizer == "sgd" else torch.optim.AdamW
+    options = {} if optimizer == "sgd" else {"weight_decay": 0.0}
+    outer = kind([parameter for parameter, _ in pairs], lr=0.02, **options)
+    segments = of_text(ids, torch.ones_like(ids).bool(), 5)
+    labels = segments.ids[0].masked_fill(~segments.learned[0], -100)
+    for _ in range(3):
+        outer.zero_grad()
+        peft(input_ids=segments.ids[0], attention_mask=segments.mask[0].long(), labels=labels).loss.backward()
+        outer.step()
+    for parameter, field in pairs:
+        # PEFT's loss is float32, and AdamW divides by its gradient's size.
+        torch.testing.assert_close(state["notes"][field][0], parameter.detach(), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("fields", [{}, {"streaming": True}, {"clip": 0.1}, {"token_weights": True}], ids=str)
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_row_is_written_as_if_alone(side, fields):
+    model, _ = wrapped(dtype=torch.float64, shake=0.1, optimizer="sgd", **fields)
+    rows = [tokens(1, n, seed=n)[0] for n in (2, 7, TEXT)]
+    ids, mask = pad(rows, side)
+    together = ml.write(model, ids, attention_mask=mask)
+    for i, row in enumerate(rows):
+        for one, all_rows in zip(values(ml.write(model, row[None])), values(together)):
+            torch.testing.assert_close(one[0], all_rows[i], atol=1e-12, rtol=1e-9)
+
+
+def test_streaming_is_one_write_a_segment():
+    model, _ = wrapped(dtype=torch.float64, streaming=True)
+    ids, state = tokens(2, 11), None
+    for start in (0, 5):
+        state = ml.write(model, ids[:, start : start + 6], state)
+    for a, b in zip(values(ml.write(model, ids)), values(state)):
+        torch.testing.assert_close(a, b, atol=1e-12, rtol=1e-9)
+
+
+def test_more_steps_know_the_text_better():
+    losses, ids = [], tokens(2, TEXT)
+    for steps in (0, 4, 16):
+        model, _ = wrapped(steps=steps, learning_rate=0.02)
+        with torch.inference_mode():
+            state = ml.write(model, ids)
+        losses.append(model(ids, memory_state=state, labels=ids).loss.item())
+    assert losses[0] > losses[1] > losses[2]
+
+
+def next_token_loss(model, ids, state):
+    """In the model's dtype; Hugging Face's own losses are float32."""
+    logits = model(ids, memory_state=state).logits[:, :-1]
+    return torch.nn.functional.cross_entropy(logits.transpose(1, 2), ids[:, 1:])
+
+
+def outer_loss(model, ids, question):
+    state = ml.write(model, ids, differentiable=True)
+    return next_token_loss(model, question, state)
+
+
+@pytest.mark.parametrize("fields", [{}, {"unroll": 1}, {"unroll": 0}, {"streaming": True}], ids=str)
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_outer_gradient(optimizer, fields):
+    """Against finite differences along a random direction in all that is learned. Truncated, the rates alone: their
+    last steps are exact, the earlier ones are where the truth says so."""
+    learned = {"learned_steps": True, "token_weights": True}
+    options = {"dtype": torch.float64, "shake": 0.1, "optimizer": optimizer, **learned, **fields}
+    model, memory = wrapped(GPT2, **options, learning_rate=0.05)  # Llama's norms are float32 in any case
+    ids, question = tokens(2, 11), tokens(2, 6, seed=3)
+    parameters = dict(memory.named_parameters())
+    if fields.get("unroll") is not None:
+        last = parameters["writer.log_rates"]
+        gradient = torch.autograd.grad(outer_loss(model, ids, question), last)[0][-1:]
+        moved = last.data[-1:]
+    else:
+        moved = [p.data for p in parameters.values()]
+        gradient = torch.autograd.grad(outer_loss(model, ids, question), list(parameters.values()))
+    moved, gradient = (x if isinstance(x, (list, tuple)) else [x] for x in (moved, gradient))
+    directions = [torch.randn_like(x) for x in moved]
+    step, ends = 1e-9, []  # AdamW turns where a gradient of an adapter changes its sign
+    for sign in (1, -2):
+        for x, direction in zip(moved, directions):
+            x += sign * step * direction
+        ends.append(outer_loss(model, ids, question).item())
+    slope = (ends[0] - ends[1]) / (2 * step)
+    assert sum((g * d).sum() for g, d in zip(gradient, directions)).item() == pytest.approx(slope, rel=1e-3)
+
+
+def test_unroll_0_is_first_order():
+    """The gradient of the start is that of what was written, as if the steps were constants."""
+    model, memory = wrapped(dtype=torch.float64, shake=0.1, unroll=0)
+    ids, question = tokens(1, 11), tokens(1, 6, seed=3)
+    outer_loss(model, ids, question).backward()
+    state = ml.write(model, ids)
+    leaves = {field: x.requires_grad_() for field, x in state["notes"].items()}
+    next_token_loss(model, question, ml.MemoryState({"notes": leaves})).backward()
+    for key, adapter in memory.adapters.items():
+        name = key.replace("-", ".")
+        torch.testing.assert_close(adapter.A.grad, leaves[f"{name}.lora_A"].grad[0])
+        torch.testing.assert_close(adapter.B.grad, leaves[f"{name}.lora_B"].grad[0])
+
+
+def test_a_loss_that_is_not_finite():
+    model, _ = wrapped(steps=4, learning_rate=1e30, optimizer="sgd")
+    ids = tokens(2, TEXT)
+    state = ml.MemoryState({"notes": ml.memories(model)["notes"].new_state(2)})
+    kept = state.clone()
+    with pytest.raises(
+        ValueError, match=says("of 4 of writing", "row 0", "nothing was written", "learning_rate")
+    ):
+        ml.write(model, ids, state)
+    for a, b in zip(values(state), values(kept)):
+        assert torch.equal(a, b)
+
+
+def test_bad_fields_are_named():
+    for fields, parts in [
+        ({"r": 0}, ["r:", "greater than or equal to 1"]),
+        ({"writer": {"steps": 2, "unroll": 3}}, ["writer.unroll: 3 is more than the 2 steps"]),
+        ({"writer": {"step": 2}}, ["writer.step: unknown field", "did you mean 'steps'"]),
+        ({"target_modules": []}, ["target_modules"]),
+    ]:
+        with pytest.raises(ml.ConfigError, match=says(*parts)):
+            ml.LoRAMemoryConfig(**fields)
+    model = LLAMA.build()
+    with pytest.raises(ml.ConfigError, match=says("target_modules.1", "'q_prj'", "q_proj")):
+        ml.attach(model, ml.LoRAMemoryConfig(target_modules=["v_proj", "q_prj"]))
+    with pytest.raises(ml.ConfigError, match="layer 7 is out of range"):
+        ml.attach(model, ml.LoRAMemoryConfig(layers=[7]))
+    memory = ml.attach(model, ml.LoRAMemoryConfig(layers=[-1], target_modules=["self_attn.v_proj"]))
+    assert list(memory.adapters) == ["layers-1-self_attn-v_proj"]
+
+
+def test_what_cannot_be_written_or_stand_together():
+    model, _ = wrapped()
+    with pytest.raises(ValueError, match="row 0 has one token"):
+        ml.write(model, tokens(1, 1))
+    with pytest.raises(ml.ConfigError, match="written by gradient steps"):
+        ml.attach(model, ml.NeuralMemoryConfig(heads=2))
+    other, _ = wrapped(r=5)
+    state = ml.write(model, tokens(1, TEXT))
+    other(tokens(1, 4), memory_state=state)  # ranks may differ: a bank mixes several adapters
+    ml.detach(other)
+    ml.attach(other, ml.LoRAMemoryConfig(layers=[0]), name="notes")
+    with pytest.raises(ValueError, match=says("'notes'", "adapt other layers")):
+        other(tokens(1, 4), memory_state=state)
+    plain = LLAMA.build()
+    ml.attach(plain, ml.MemoryTokensConfig(n_tokens=2, segment_length=8))
+    with pytest.raises(ValueError, match=says("differentiable", "forward calls")):
+        ml.write(plain, tokens(1, 9), differentiable=True)
+
+
+@pytest.mark.parametrize("fields", [{}, {"learned_steps": True, "token_weights": True}], ids=str)
+def test_saved_and_loaded(tmp_path, fields):
+    model, _ = wrapped(shake=0.1, **fields)
+    ml.save(model, tmp_path / "m", save_base=True)
+    ids = tokens(2, TEXT)
+    state = ml.write(model, ids)
+    for a, b in zip(values(state), values(ml.write(ml.load(tmp_path / "m"), ids))):
+        assert torch.equal(a, b)
