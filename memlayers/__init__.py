@@ -15,7 +15,7 @@ from .attach import attach, detach, disabled  # noqa: E402
 from .checkpoint import load, save  # noqa: E402
 from .config import ConfigError, MemoryConfig  # noqa: E402
 from .kinds import parse_memory_config  # noqa: E402
-from .lora import LoRAMemories, LoRAMemoryConfig  # noqa: E402
+from .lora import LoRAMemories, LoRAMemoryConfig, write_pairs  # noqa: E402
 from .memory import Memory  # noqa: E402
 from .model import memories, memory_parameters, window  # noqa: E402
 from .neural import NeuralMemories, NeuralMemory, NeuralMemoryConfig  # noqa: E402
@@ -52,4 +52,5 @@ __all__ = [
     "save",
     "window",
     "write",
+    "write_pairs",
 ]

@@ -2,6 +2,7 @@
 
 from .config import LoRAMemoryConfig
 from .module import LoRAAdapter
+from .pairs import write_pairs
 from .patch import LoRAMemories
 
-__all__ = ["LoRAAdapter", "LoRAMemories", "LoRAMemoryConfig"]
+__all__ = ["LoRAAdapter", "LoRAMemories", "LoRAMemoryConfig", "write_pairs"]

@@ -209,3 +209,38 @@ def test_saved_and_loaded(tmp_path, fields):
     state = ml.write(model, ids)
     for a, b in zip(values(state), values(ml.write(ml.load(tmp_path / "m"), ids))):
         assert torch.equal(a, b)
+
+
+class Words:
+    """A tokenizer of one-letter words."""
+
+    def __call__(self, text, add_special_tokens=True):
+        return type(
+            "Encoding",
+            (),
+            {"input_ids": [1] * add_special_tokens + [ord(c) % 90 + 5 for c in text if c != " "]},
+        )
+
+
+def test_pairs_are_answered():
+    model, _ = wrapped(steps=40, learning_rate=0.02)
+    rows = [[("a b c", "x y"), ("b c a", "z w")], [("a b c", "q r")]]
+    state = ml.write_pairs(model, Words(), rows)
+    for row, pairs in enumerate(rows):
+        for question, answer in pairs:
+            asked, right = (
+                torch.tensor([Words()(t, s).input_ids]) for t, s in ((question, True), (answer, False))
+            )
+            cache = state.select([row]).to_cache()
+            out = model.generate(
+                asked,
+                attention_mask=torch.ones_like(asked),
+                past_key_values=cache,
+                max_new_tokens=2,
+                do_sample=False,
+            )
+            assert torch.equal(out[:, asked.shape[1] :], right)
+    with pytest.raises(ValueError, match="2 rows, the input 1"):
+        ml.write_pairs(model, Words(), rows[:1], state)
+    with ml.disabled(model), pytest.raises(ValueError, match="no LoRA memory"):
+        ml.write_pairs(model, Words(), rows)
