@@ -84,7 +84,8 @@ class Writer(nn.Module):
         for step in range(self.config.steps):
             through = differentiable and step >= self.config.steps - unroll
             given = fields if through else {field: x.detach().requires_grad_() for field, x in fields.items()}
-            losses = self.row_losses(model, segments, MemoryState({**state.fields, name: given}))
+            read = MemoryState({**state.fields, name: given})
+            losses = row_losses(model, segments, read, self.token_weights)
             self._check(losses, step)
             gradients = torch.autograd.grad(losses.sum(), list(given.values()), create_graph=through)
             directions = optimizer.directions(gradients)
@@ -112,31 +113,35 @@ class Writer(nn.Module):
                 "set writer.clip"
             )
 
-    def row_losses(self, model: PreTrainedModel, segments: Segments, state: MemoryState) -> torch.Tensor:
-        """(batch,) float32: the (weighted) mean cross-entropy of each row's learned tokens, read with its adapter; 0
-        where it has none."""
-        rows, n_segments = segments.ids.shape[:2]
-        device = model.get_input_embeddings().weight.device
-        ids, mask, learned = (x.flatten(0, 1).to(device) for x in segments)
-        cache = MemoryCache(state)
-        cache.shared_by = n_segments
-        output = model(
-            input_ids=ids,
-            attention_mask=mask.long(),
-            past_key_values=cache,
-            use_cache=False,
-            output_hidden_states=self.token_weights is not None,
-        )
-        logits = output.logits[:, :-1]
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32)).transpose(1, 2)
-        each = F.cross_entropy(logits, ids[:, 1:], reduction="none")
-        counted = learned[:, 1:]
-        if self.token_weights is not None:
-            hidden = output.hidden_states[-1][:, 1:]
-            weight = self.token_weights(hidden.to(self.token_weights[0].weight.dtype))
-            each = each * 2 * torch.sigmoid(weight[..., 0].to(each.dtype))
-        each, counted = (x.reshape(rows, -1) for x in (each, counted))
-        return (each * counted).sum(1) / counted.sum(1).clamp(min=1)
+
+def row_losses(
+    model: PreTrainedModel, segments: Segments, state: MemoryState, token_weights: nn.Module | None = None
+) -> torch.Tensor:
+    """(batch,) float32: mean cross-entropy of each row's learned tokens, read with its adapter; 0 where it has none.
+
+    Args:
+        token_weights: weighs the tokens, see `Writer`; None: all alike.
+    """
+    rows, n_segments = segments.ids.shape[:2]
+    device = model.get_input_embeddings().weight.device
+    ids, mask, learned = (x.flatten(0, 1).to(device) for x in segments)
+    cache = MemoryCache(state)
+    cache.shared_by = n_segments
+    output = model(
+        input_ids=ids,
+        attention_mask=mask.long(),
+        past_key_values=cache,
+        use_cache=False,
+        output_hidden_states=token_weights is not None,
+    )
+    logits = output.logits[:, :-1]
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32)).transpose(1, 2)
+    each = F.cross_entropy(logits, ids[:, 1:], reduction="none")
+    if token_weights is not None:
+        hidden = output.hidden_states[-1][:, 1:].to(token_weights[0].weight.dtype)
+        each = each * 2 * torch.sigmoid(token_weights(hidden)[..., 0].to(each.dtype))
+    each, counted = (x.reshape(rows, -1) for x in (each, learned[:, 1:]))
+    return (each * counted).sum(1) / counted.sum(1).clamp(min=1)
 
 
 def _twice_differentiable(on: bool):
