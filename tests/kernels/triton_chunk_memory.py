@@ -27,6 +27,19 @@ CASES = {
     "delta": ("token", False, True, 16, 5, 37, [(2, 37), (0, 30)]),
     "delta, no decay": ("token", False, False, 16, 16, 18, None),
 }
+# Cases of two layers, and their hidden widths.
+TWO_LAYERS = {
+    "titans": 40,
+    "one chunk, not full": 24,
+    "open chunk": 33,
+    "up to the end of a chunk": 24,
+    "ragged rows": 24,
+    "a row without tokens": 24,
+    "no momentum": 24,
+    "ttt": 24,
+    "odd chunks": 7,
+    "chunks of one token": 24,
+}
 # Triton's interpreter cuts bfloat16 off where a GPU rounds to nearest.
 ROUNDINGS = {
     torch.float32: 0.0,
@@ -43,8 +56,8 @@ def poisoned():
     torch.use_deterministic_algorithms(False)
 
 
-def make(case, dtype=torch.float32, b=2, h=1, d=16, d_v=16):
-    """Arguments of chunk_memory: streams of `dtype`, the rest float32."""
+def make(case, dtype=torch.float32, b=2, h=1, d=16, d_v=16, hidden=None):
+    """Arguments of chunk_memory: streams of `dtype`, the rest float32. hidden: of two layers; None: one layer."""
     gradient, momentum, decay, chunk_size, first, t, spans = CASES[case]
     generator = torch.Generator().manual_seed(len(case))
 
@@ -55,7 +68,9 @@ def make(case, dtype=torch.float32, b=2, h=1, d=16, d_v=16):
     q, k = (torch.nn.functional.normalize(draw(b, h, t, d), dim=-1).to(dtype) for _ in range(2))
     v = draw(b, h, t, d_v).to(dtype)
     theta, eta, alpha = (scale * draw(b, h, t, uniform=True) for scale in (0.1, 1.0, 0.2))
-    memories = [(draw(b, h, d, d_v),) for _ in range(3)]
+    widths = [(d, d_v)] if hidden is None else [(d, hidden), (hidden, d_v)]
+    size = 1 if hidden is None else 0.3  # two layers at whose memories such steps do not explode
+    memories = [tuple(size * draw(b, h, *width) for width in widths) for _ in range(3)]
     state = ChunkState(
         memories[0], memories[1] if momentum else (), memories[2] if gradient == "chunk" else ()
     )
@@ -111,6 +126,11 @@ def check_equal(actual, exact, tolerance=1e-6):
 @pytest.mark.parametrize("case", CASES)
 def test_parity(case):
     check_parity(*make(case))
+
+
+@pytest.mark.parametrize("case", TWO_LAYERS)
+def test_two_layers(case):
+    check_parity(*make(case, hidden=TWO_LAYERS[case]))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
