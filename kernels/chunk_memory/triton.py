@@ -1,12 +1,12 @@
-"""The chunk memory on a GPU, in Triton: linear memories, forward and backward, with or without an inner gradient.
+"""The chunk memory on a GPU, in Triton: one layer, with or without an inner gradient, or two; forward and backward.
 
 A chunk's writes depend on the memory at its start only, so one kernel goes from chunk to chunk with the writes
-(`triton_write.py`), and everything else is done for all chunks at the same time (`triton_read.py`, `triton_decay.py`).
-Streams are read where they lie, in their own dtype, and turned into float32 at once. No atomics: results and
-gradients are bit-equal from run to run. The backward pass saves the inputs and computes the states again: memory in
-proportion to tokens × width.
+(`triton_write.py`; `triton_deep.py` for two layers), and everything else is done for all chunks at the same time
+(`triton_read.py`, `triton_decay.py`). Streams are read where they lie, in their own dtype, and turned into float32 at
+once. No atomics: results and gradients are bit-equal from run to run. The backward pass saves the inputs and computes
+the states again: what is kept is in proportion to tokens × width. While a pass runs there is a state to each chunk.
 
-Two layers, windows, chunks of more than LARGEST_CHUNK tokens and float64 take the closed form.
+Windows, chunks of more than LARGEST_CHUNK tokens and float64 take the closed form.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .triton_tiles import BLOCK, PRECISION, Layout, load, load_column, locate, pairs, store, times
+from .triton_tiles import BLOCK, PRECISION, Layout, load, load_column, locate, outer_tile, store, times
 
 
 @triton.jit(do_not_specialize=["n_tokens", "n_chunks", "lead", "n_steps"])
@@ -108,7 +108,7 @@ def outer_kernel(
     i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     column = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
     for part in tl.static_range(PARTS):
-        total = pairs(
+        total = outer_tile(
             x, grad, coefficients, part, row, chunk, step, n_tokens, lead, i, column,
             C, D_IN, D_OUT, BLOCK, PARTS, PRECISION,
         )  # fmt: skip

@@ -100,7 +100,7 @@ def times(
 
 
 @triton.jit
-def pairs(
+def outer_tile(
     x,
     y,
     coefficients,

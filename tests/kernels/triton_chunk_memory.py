@@ -23,22 +23,10 @@ CASES = {
     "no decay": ("chunk", True, False, 16, 16, 24, [(3, 24), (0, 20)]),
     "odd chunks": ("chunk", True, True, 5, 2, 17, [(1, 17), (0, 12)]),
     "chunks of one token": ("chunk", True, True, 1, 1, 3, None),
+    "large chunks": ("chunk", True, True, 36, 20, 40, None),
     "Hebbian": ("none", False, True, 16, 5, 37, [(2, 37), (0, 30)]),
     "delta": ("token", False, True, 16, 5, 37, [(2, 37), (0, 30)]),
     "delta, no decay": ("token", False, False, 16, 16, 18, None),
-}
-# Cases of two layers, and their hidden widths.
-TWO_LAYERS = {
-    "titans": 40,
-    "one chunk, not full": 24,
-    "open chunk": 33,
-    "up to the end of a chunk": 24,
-    "ragged rows": 24,
-    "a row without tokens": 24,
-    "no momentum": 24,
-    "ttt": 24,
-    "odd chunks": 7,
-    "chunks of one token": 24,
 }
 # Triton's interpreter cuts bfloat16 off where a GPU rounds to nearest.
 ROUNDINGS = {
@@ -128,9 +116,30 @@ def test_parity(case):
     check_parity(*make(case))
 
 
-@pytest.mark.parametrize("case", TWO_LAYERS)
-def test_two_layers(case):
-    check_parity(*make(case, hidden=TWO_LAYERS[case]))
+@pytest.mark.parametrize(
+    "case, hidden",
+    [
+        ("one chunk, not full", 40),
+        ("up to the end of a chunk", 16),
+        ("ragged rows", 24),
+        ("a row without tokens", 16),
+        ("ttt", 16),
+        ("odd chunks", 7),
+        ("chunks of one token", 1),
+    ],
+)
+def test_two_layers(case, hidden):
+    check_parity(*make(case, hidden=hidden))
+
+
+def test_two_layers_of_several_tiles():
+    """Every width and the chunks are more than a tile of the kernels."""
+    check_parity(*make("large chunks", b=1, d=33, d_v=35, hidden=34))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_two_layers_in_half_precision(dtype):
+    check_parity(*make("odd chunks", dtype, d=6, d_v=5, hidden=9))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -158,10 +167,10 @@ def test_gates_at_their_limits(case):
     check_parity(arguments, options)
 
 
-@pytest.mark.parametrize("case", ["a row without tokens", "delta"])
-def test_inactive_tokens_change_nothing(case):
+@pytest.mark.parametrize("case, hidden", [("a row without tokens", None), ("odd chunks", 4), ("delta", None)])
+def test_inactive_tokens_change_nothing(case, hidden):
     """Whatever stands there: y is 0, and the state of a row without active tokens is what it was, bit by bit."""
-    arguments, (chunk_size, first, active, *rest) = make(case)
+    arguments, (chunk_size, first, active, *rest) = make(case, hidden=hidden)
     active = active.clone()
     active[0] = False
     for x in arguments[:3]:
@@ -180,10 +189,12 @@ def test_state_is_not_changed_in_place():
     assert all(torch.equal(a, b) for a, b in zip(before, tensors_of(arguments)))
 
 
-@pytest.mark.parametrize("case", ["titans", "Hebbian", "delta"])
-def test_split_over_calls(case):
+@pytest.mark.parametrize(
+    "case, hidden", [("titans", None), ("up to the end of a chunk", 8), ("Hebbian", None), ("delta", None)]
+)
+def test_split_over_calls(case, hidden):
     """One call, or two with the state in between, the second in the middle of a chunk."""
-    arguments, (chunk_size, first, _, *rest) = make(case)
+    arguments, (chunk_size, first, _, *rest) = make(case, hidden=hidden)
     *streams, state = arguments
     whole, end = triton.chunk_memory(*streams, state, chunk_size, first, None, *rest)
     cut = first + 7
@@ -203,9 +214,10 @@ def test_streams_that_are_not_contiguous():
     check_parity(arguments, options)
 
 
-def test_backward_is_bit_equal():
+@pytest.mark.parametrize("hidden", [None, 8 if interpreted() else 256])
+def test_backward_is_bit_equal(hidden):
     big = {} if interpreted() else {"b": 16, "h": 8, "d": 64, "d_v": 64}
-    arguments, options = make("open chunk", **big)
+    arguments, options = make("odd chunks", hidden=hidden, **big)
     first = run(triton, arguments, options)
     for _ in range(3):
         for a, b in zip(first, run(triton, arguments, options)):
@@ -247,4 +259,13 @@ if not interpreted():
         monkeypatch.setitem(CASES, "large", (gradient, momentum, True, chunk_size, 7, 3 * 64, None))
         arguments, options = make("large", dtype, b=4, h=4, d=d, d_v=d)
         arguments[3] *= 0.1
+        check_parity(arguments, options)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    @pytest.mark.parametrize("d, hidden, chunk_size", [(64, 256, 64), (64, 64, 64), (32, 128, 16)])
+    def test_two_layers_of_sizes_in_use(d, hidden, chunk_size, dtype, monkeypatch):
+        monkeypatch.setitem(CASES, "large", ("chunk", True, True, chunk_size, 7, 3 * 64, None))
+        arguments, options = make("large", dtype, b=4, h=4, d=d, d_v=d, hidden=hidden)
+        arguments[3] *= 0.1
+        arguments[-1] = map_tensors(arguments[-1:], lambda x: 0.3 * x)[-1]
         check_parity(arguments, options)
