@@ -99,8 +99,9 @@ def check_parity(arguments, options):
     out, grads = run(triton, arguments, options)
     exact_out, exact_grads = run(reference, map_tensors(arguments, torch.Tensor.double), options)
     assert [x.dtype for x in grads] == [x.dtype for x in tensors_of(arguments)]
+    two_layers = len(arguments[-1].weights) == 2  # what one layer rounds off goes through the other
     for actual, exact in zip(out + grads, exact_out + exact_grads):
-        check_equal(actual, exact)
+        check_equal(actual, exact, 3e-6 if two_layers else 1e-6)
 
 
 def check_equal(actual, exact, tolerance=1e-6):
@@ -216,10 +217,10 @@ def test_streams_that_are_not_contiguous():
 
 @pytest.mark.parametrize("hidden", [None, 8 if interpreted() else 256])
 def test_backward_is_bit_equal(hidden):
-    big = {} if interpreted() else {"b": 16, "h": 8, "d": 64, "d_v": 64}
-    arguments, options = make("odd chunks", hidden=hidden, **big)
+    size = {"d": 4, "d_v": 4} if interpreted() else {"b": 16, "h": 8, "d": 64, "d_v": 64}
+    arguments, options = make("odd chunks", hidden=hidden, **size)
     first = run(triton, arguments, options)
-    for _ in range(3):
+    for _ in range(1 if interpreted() else 20):
         for a, b in zip(first, run(triton, arguments, options)):
             assert all(map(torch.equal, a, b))
 
