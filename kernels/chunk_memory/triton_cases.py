@@ -61,9 +61,7 @@ COMPILE_CASES = [
     compile_case(response_kernel, "bf16", "q k grad"),
     compile_case(two_layers_kernel, "bf16", "k v", **TWO_LAYERS),
     compile_case(two_layers_kernel, "fp32", **TWO_LAYERS),
-    compile_case(two_layers_kernel, "bf16_hidden_64", "k v", **TWO_LAYERS | {"HIDDEN": 64}),
     compile_case(two_layers_backward_kernel, "bf16", "k", **TWO_LAYERS),
     compile_case(two_layers_backward_kernel, "fp32", **TWO_LAYERS),
-    compile_case(two_layers_backward_kernel, "bf16_hidden_64", "k", **TWO_LAYERS | {"HIDDEN": 64}),
     compile_case(mix_kernel, "fp32_hidden", D_IN=256),
 ]
