@@ -34,7 +34,8 @@ def write(
     Args:
         model: a model with at least one memory that keeps a state.
         input_ids: (batch, tokens) int64, on any device; moved to the model's piece by piece.
-        state: continue from here; default: a fresh state.
+        state: continue from here; default: a fresh state. It holds memory alone: where memories stream, attention
+            starts anew, and its first tokens do not see those before them.
         attention_mask: (batch, tokens), 0 at padding.
         close: write the last, open segment too. With False its tokens stay in the state as they are, and the
             next call continues them. Memories that stream leave nothing open.

@@ -1,12 +1,12 @@
-"""The chunk memory on a GPU, in Triton: linear memories, forward and backward, with or without an inner gradient.
+"""The chunk memory on a GPU, in Triton: one layer, with or without an inner gradient, or two; forward and backward.
 
 A chunk's writes depend on the memory at its start only, so one kernel goes from chunk to chunk with the writes
-(`triton_write.py`), and everything else is done for all chunks at the same time (`triton_read.py`, `triton_decay.py`).
-Streams are read where they lie, in their own dtype, and turned into float32 at once. No atomics: results and
-gradients are bit-equal from run to run. The backward pass saves the inputs and computes the states again: memory in
-proportion to tokens × width.
+(`triton_write.py`; `triton_deep.py` for two layers), and everything else is done for all chunks at the same time
+(`triton_read.py`, `triton_decay.py`). Streams are read where they lie, in their own dtype, and turned into float32 at
+once. No atomics: results and gradients are bit-equal from run to run. The backward pass saves the inputs and computes
+the states again: what is kept is in proportion to tokens × width. While a pass runs there is a state to each chunk.
 
-Two layers, windows, chunks of more than LARGEST_CHUNK tokens and float64 take the closed form.
+Windows, chunks of more than LARGEST_CHUNK tokens and float64 take the closed form.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from . import closed
 from .layout import silence
 from .state import ChunkState
 from .triton_cases import COMPILE_CASES
-from .triton_chunks import Chunks
+from .triton_chunks import OneLayer, TwoLayers
 from .triton_tiles import Layout
 
 __all__ = ["COMPILE_CASES", "chunk_memory"]
@@ -42,8 +42,7 @@ def chunk_memory(
     gradient: str,
     window: int,
 ) -> tuple[Tensor, ChunkState]:
-    linear = len(state.weights) == 1 and window == 1
-    if not linear or chunk_size > LARGEST_CHUNK or q.dtype == torch.float64:
+    if window > 1 or chunk_size > LARGEST_CHUNK or q.dtype == torch.float64:
         arguments = q, k, v, theta, eta, alpha, state, chunk_size, first, active, gradient, window
         return closed.chunk_memory(*arguments)
     if active is not None:
@@ -60,16 +59,17 @@ def chunk_memory(
     if gradient == "token":  # what it solves for whole chunks wants whole chunks
         streams = [F.pad(x, (0, 0, lead, layout.after)) for x in streams]
         layout = layout._replace(n_tokens=layout.n_chunks * chunk_size, lead=0)
-    start = torch.stack((*state.weights, *state.momentum), 2).flatten(0, 1)
-    anchor = state.anchor[0].flatten(0, 1).contiguous() if state.anchor else None
+    parts = filter(None, (state.weights, state.momentum))
+    starts = [torch.stack(layer, 2).flatten(0, 1) for layer in zip(*parts)]
+    anchors = [anchor.flatten(0, 1).contiguous() for anchor in state.anchor]
 
-    y, end, anchor = LinearMemory.apply(layout, gradient, closed_chunks, *streams, *gates, start, anchor)
+    y, *after = Memory.apply(layout, gradient, closed_chunks, *streams, *gates, *starts, *anchors)
     if gradient == "token":
         y = y[:, lead : lead + t]
-    parts = end.unflatten(0, (b, h)).unbind(2)
-    momentum = () if eta is None else parts[1:]
-    anchor = () if anchor is None else (anchor.unflatten(0, (b, h)),)
-    return y.unflatten(0, (b, h)), ChunkState(parts[:1], momentum, anchor)
+    y, *after = (x.unflatten(0, (b, h)) for x in (y, *after))
+    depth = len(starts)
+    weights, *momentum = zip(*(end.unbind(2) for end in after[:depth]))
+    return y, ChunkState(weights, momentum[0] if momentum else (), tuple(after[depth:]))
 
 
 def by_step(gate: Tensor | None, fill: float, layout: Layout) -> Tensor | None:
@@ -86,42 +86,56 @@ def ends(active: Tensor, layout: Layout) -> Tensor:
     return (layout.lead + (active * columns).amax(1)) // layout.chunk_size
 
 
-class LinearMemory(torch.autograd.Function):
-    """y (N, T, d_v), the state after the last token (N, P, d, d_v), and the anchor then, for N = batch × heads.
+class Memory(torch.autograd.Function):
+    """y (N, T, d_v), the states after the last token (N, P, d_in, d_out), and the anchors then, for N = batch × heads.
 
-    closed_chunks: (N,); streams (N, T, width); gates and active (steps, C); start (N, P, d, d_v), M over S;
-    anchor (N, d, d_v), None but for gradient "chunk".
+    closed_chunks: (N,); streams (N, T, width); gates and active (steps, C); states: for each layer its start
+    (N, P, d_in, d_out), M over S, then for gradient "chunk" the anchor of each, (N, d_in, d_out).
     """
 
     @staticmethod
     def forward(
-        ctx, layout: Layout, gradient, closed_chunks, q, k, v, theta, eta, alpha, active, start, anchor
+        ctx, layout: Layout, gradient, closed_chunks, q, k, v, theta, eta, alpha, active, *states: Tensor
     ):
-        chunks = Chunks(layout, gradient, k, v, theta, eta, alpha, active, start, anchor)
+        chunks, anchors = open_chunks(layout, gradient, k, v, theta, eta, alpha, active, *states)
         y = chunks.read(q)
-        ctx.save_for_backward(closed_chunks, q, k, v, theta, eta, alpha, active, start, anchor)
+        ctx.save_for_backward(closed_chunks, q, k, v, theta, eta, alpha, active, *states)
         ctx.layout, ctx.gradient = layout, gradient
-        end = chunks.states[:, -1].clone()
-        if anchor is None:
-            return y, end, None
-        memories = chunks.states[every(closed_chunks), closed_chunks, 0]
-        return y, end, torch.where(stays(closed_chunks), anchor, memories)
+        ends = [layer.states[:, -1].clone() for layer in chunks.layers]
+        at = every(closed_chunks), closed_chunks, 0
+        moved = [layer.states[at] for layer in chunks.layers]
+        kept = stays(closed_chunks)
+        return y, *ends, *(torch.where(kept, old, new) for old, new in zip(anchors, moved))
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, d_y: Tensor, d_end: Tensor, d_kept: Tensor | None):
+    def backward(ctx, d_y: Tensor, *d_after: Tensor):
         closed_chunks, q, *rest = ctx.saved_tensors
-        chunks = Chunks(ctx.layout, ctx.gradient, *rest)
+        chunks, _ = open_chunks(ctx.layout, ctx.gradient, *rest)
         d_q = chunks.read_backward(q, d_y.contiguous())
-        chunks.d_states[:, -1] = d_end
-        if d_kept is not None:
-            passed_on = d_kept.masked_fill(stays(closed_chunks), 0)
-            chunks.d_states[every(closed_chunks), closed_chunks, 0] += passed_on
+        depth = len(chunks.layers)
+        d_ends, d_kept = d_after[:depth], d_after[depth:]
+        kept = stays(closed_chunks)
+        for layer, d_end in zip(chunks.layers, d_ends):
+            layer.d_states[:, -1] = d_end
+        for layer, d_anchor in zip(chunks.layers, d_kept):
+            layer.d_states[every(closed_chunks), closed_chunks, 0] += d_anchor.masked_fill(kept, 0)
         with torch.autocast(q.device.type, enabled=False):
-            d_k, d_v, *d_gates, d_start, d_anchor = chunks.write_backward()
-        if d_kept is not None:
-            d_anchor += d_kept.masked_fill(~stays(closed_chunks), 0)
-        return None, None, None, d_q, d_k, d_v, *d_gates, None, d_start, d_anchor
+            (d_k, d_v, *d_gates), d_starts, d_anchors = chunks.write_backward()
+        for total, d_anchor in zip(d_anchors, d_kept):
+            total += d_anchor.masked_fill(~kept, 0)
+        return None, None, None, d_q, d_k, d_v, *d_gates, None, *d_starts, *d_anchors
+
+
+def open_chunks(
+    layout: Layout, gradient: str, k, v, theta, eta, alpha, active, *states: Tensor
+) -> tuple[OneLayer | TwoLayers, list[Tensor]]:
+    """The chunks, written to, and the anchors among the states."""
+    depth = len(states) // 2 if gradient == "chunk" else 1
+    starts, anchors = states[:depth], states[depth:]
+    inputs = k, v, theta, eta, alpha, active, starts, anchors
+    chunks = TwoLayers(layout, *inputs) if depth == 2 else OneLayer(layout, gradient, *inputs)
+    return chunks, anchors
 
 
 def every(closed_chunks: Tensor) -> Tensor:

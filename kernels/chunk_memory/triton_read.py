@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .triton_tiles import BLOCK, PRECISION, Layout, load, load_column, locate, store, times
+from .triton_tiles import BLOCK, PRECISION, Layout, load, load_column, locate, outer_tile, store, times
 
 
 @triton.jit(do_not_specialize=["n_tokens", "n_chunks", "lead", "n_steps"])
@@ -108,13 +108,10 @@ def outer_kernel(
     i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     column = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
     for part in tl.static_range(PARTS):
-        total = tl.zeros((BLOCK, BLOCK), tl.float32)
-        for first in tl.range(0, C, BLOCK, num_stages=1):
-            place = first + tl.arange(0, BLOCK)
-            token, real = locate(row, chunk, place, n_tokens, lead, C)
-            c = load_column(coefficients, step * C + place, part, PARTS, place < C)
-            X = tl.trans(load(x, token, i, D_IN, real) * c[:, None])
-            total = tl.dot(X, load(grad, token, column, D_OUT, real), total, input_precision=PRECISION)
+        total = outer_tile(
+            x, grad, coefficients, part, row, chunk, step, n_tokens, lead, i, column,
+            C, D_IN, D_OUT, BLOCK, PARTS, PRECISION,
+        )  # fmt: skip
         store(out, total, ((step + row) * PARTS + part) * D_IN + i, column, D_OUT, i < D_IN)
 
 

@@ -97,3 +97,35 @@ def times(
             factor = load(matrix, i, columns, D_OUT, i < D_IN)
         product = tl.dot(load(x, rows, i, D_IN, real), factor, product, input_precision=PRECISION)
     return product
+
+
+@triton.jit
+def outer_tile(
+    x,
+    y,
+    coefficients,
+    part,
+    row,
+    chunk,
+    step,
+    n_tokens,
+    lead,
+    rows,
+    columns,
+    C: tl.constexpr,
+    D_IN: tl.constexpr,
+    D_OUT: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PARTS: tl.constexpr,  # columns of the coefficients; 0: all coefficients are 1
+    PRECISION: tl.constexpr,
+):
+    """The tile [rows, columns] of (c ∘ X)ᵀ Y, summed over the tokens of a chunk; c is a column of (steps, C, PARTS)."""
+    total = tl.zeros((BLOCK, BLOCK), tl.float32)
+    for first in tl.range(0, C, BLOCK, num_stages=1):
+        place = first + tl.arange(0, BLOCK)
+        token, real = locate(row, chunk, place, n_tokens, lead, C)
+        X = load(x, token, rows, D_IN, real)
+        if PARTS:
+            X *= load_column(coefficients, step * C + place, part, PARTS, place < C)[:, None]
+        total = tl.dot(tl.trans(X), load(y, token, columns, D_OUT, real), total, input_precision=PRECISION)
+    return total

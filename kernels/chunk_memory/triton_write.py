@@ -86,7 +86,7 @@ def owed(
     after: where the gradient of that state is.
     """
     total = tl.zeros((PLACES, COLUMNS), tl.float32)
-    for part in tl.static_range(1 + MOMENTUM):
+    for part in tl.range(0, 1 + MOMENTUM, num_stages=1):  # unrolled it takes more registers
         matrix = after + part * D_IN * D_OUT
         product = times(x, token, real, matrix, column, D_IN, D_OUT, FLIP, PLACES, COLUMNS, BLOCK, PRECISION)
         total += load_column(last, step * C + place, part, 1 + MOMENTUM, place < C)[:, None] * product
