@@ -223,13 +223,23 @@ def _tokens_config(**fields) -> ml.MemoryTokensConfig:
     return ml.MemoryTokensConfig(**{"n_tokens": 2, "segment_length": SEGMENT, **fields})
 
 
+UNLIKE = ("llama", "mistral_sliding", "gpt2", "gemma3")
+"""Architectures that differ most: rotary, a sliding window, looked-up positions, layers of two sorts. Enough for a
+variant of a kind that is run on all."""
+
 KINDS = [
     Kind("recurrent", {"stream": _tokens_config()}),
     Kind("accumulate", {"stream": _tokens_config(mode="accumulate")}, accumulates=True),
-    Kind("writes_decoding", {"stream": _tokens_config(write_while_decoding=True)}, decoding_writes=True),
+    Kind(
+        "writes_decoding",
+        {"stream": _tokens_config(write_while_decoding=True)},
+        decoding_writes=True,
+        only=UNLIKE,
+    ),
     Kind(
         "learned_linear",
         {"stream": _tokens_config(write_input="learned", projection="linear", write_layer=0)},
+        only=UNLIKE,
     ),
     Kind(
         "two_memories",
@@ -238,6 +248,7 @@ KINDS = [
             "log": _tokens_config(n_tokens=1, mode="accumulate", projection="none"),
         },
         accumulates=True,
+        only=UNLIKE,
     ),
 ]
 
@@ -279,9 +290,7 @@ KINDS += [
     _neural("neural_mag", additive=True),
     _neural("neural_mal", additive=True, depth=2, expansion=2, n_persistent_tokens=3),
     _neural("neural_mac", placement="mac", segment_length=SEGMENT, n_persistent_tokens=2),
-    _neural(
-        "neural_window", only=("llama", "mistral_sliding", "gpt2", "gemma3"), rule="delta", sliding_window=4
-    ),
+    _neural("neural_window", only=UNLIKE, rule="delta", sliding_window=4),
 ]
 
 
