@@ -1,7 +1,19 @@
 """LoRA as memory: a text is written into an adapter by gradient steps, and read by every token after it."""
 
+from .bank import LoRABank
+from .bank_config import LoRABankConfig
 from .config import LoRAMemoryConfig
 from .module import LoRAAdapter
 from .patch import LoRAMemories
+from .shard import ShardManifest
+from .store import BankLocked
 
-__all__ = ["LoRAAdapter", "LoRAMemories", "LoRAMemoryConfig"]
+__all__ = [
+    "BankLocked",
+    "LoRAAdapter",
+    "LoRABank",
+    "LoRABankConfig",
+    "LoRAMemories",
+    "LoRAMemoryConfig",
+    "ShardManifest",
+]

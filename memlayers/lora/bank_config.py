@@ -1,0 +1,29 @@
+"""The fields of a bank of LoRA shards."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from ..config import Strict
+
+
+class LoRABankConfig(Strict):
+    """How the shards of a bank are trained and found; one config for all shards of a bank, fixed when it is made.
+
+    Attributes:
+        steps: gradient steps of the training of a shard.
+        learning_rate: of AdamW, without decay of weights.
+        batch_size: segments that a step reads together.
+        segment_length: tokens that a segment predicts.
+        seed: of every shard's start and order of segments, together with its name.
+        router_length: tokens that one vector of the router stands for.
+        temperature: the shards that are mixed weigh as the softmax of their scores / temperature.
+    """
+
+    steps: int = Field(100, ge=0)
+    learning_rate: float = Field(5e-3, gt=0)
+    batch_size: int = Field(8, ge=1)
+    segment_length: int = Field(128, ge=1)
+    seed: int = Field(0, ge=0)
+    router_length: int = Field(64, ge=1)
+    temperature: float = Field(0.1, gt=0)
