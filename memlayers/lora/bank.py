@@ -65,7 +65,7 @@ class LoRABank:
         self._store, self._clock = store, clock or _now
         self._targets = files_of.targets_of(model, owner)
         self._library = Library(store, self._targets, owner.new_state(1))
-        self._router = Router(model, tokenizer, index.config.router_length, encoder)
+        self._router = Router(model, tokenizer, index.config, encoder)
 
     @classmethod
     def create(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import Field
 
 from ..config import Strict
@@ -16,7 +18,9 @@ class LoRABankConfig(Strict):
         batch_size: segments that a step reads together.
         segment_length: tokens that a segment predicts.
         seed: of every shard's start and order of segments, together with its name.
-        router_length: tokens that one vector of the router stands for.
+        router: where the model's own vectors of texts come from, as means over tokens: its `input` embeddings, or the
+            hidden states of its last layer with all memories off, its `output`.
+        router_length: tokens that one vector of a document stands for.
         temperature: the shards that are mixed weigh as the softmax of their scores / temperature.
     """
 
@@ -25,5 +29,6 @@ class LoRABankConfig(Strict):
     batch_size: int = Field(8, ge=1)
     segment_length: int = Field(128, ge=1)
     seed: int = Field(0, ge=0)
-    router_length: int = Field(64, ge=1)
+    router: Literal["input", "output"] = "input"
+    router_length: int = Field(32, ge=1)
     temperature: float = Field(0.1, gt=0)

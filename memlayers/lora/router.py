@@ -1,7 +1,7 @@
 """Which shards answer a question: vectors of texts, and scores among the shards that a caller may read.
 
-Every text is embedded by itself, so that no vector depends on another text, and scores depend on nothing but the
-question and the shards they are asked for.
+Every text is embedded by itself, so that no vector depends on another text, and a score depends on nothing but the
+question and the shard.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from ..model import decoder_of
+from .bank_config import LoRABankConfig
 from .training import still
 
 if TYPE_CHECKING:
@@ -23,33 +24,36 @@ Encoder = Callable[[list[str]], torch.Tensor]
 
 
 class Router:
-    """Vectors of texts by the model itself, its memories off, or by a user's encoder.
-
-    The model's: means over pieces of a text of the decoder's last hidden state.
-    """
+    """Vectors of texts by the model itself, or by a user's encoder."""
 
     def __init__(
         self,
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
-        length: int,
+        config: LoRABankConfig,
         encoder: Encoder | None = None,
     ):
-        self.model, self.tokenizer, self.length, self.encoder = model, tokenizer, length, encoder
+        self.model, self.tokenizer, self.config, self.encoder = model, tokenizer, config, encoder
 
+    @torch.no_grad()
     def document(self, text: str) -> torch.Tensor:
-        """(n, d) float32 on the CPU: a vector for every `length` tokens, or the one that the encoder gives.
+        """(n, d) float32 on the CPU, of norm 1: one for each piece of `router_length` tokens, or the encoder's one.
 
         Raises:
             ValueError: an encoder whose answer is not (1, d) and finite; a text without tokens.
         """
-        return self._encoded(text) if self.encoder is not None else self._embedded(text)
+        if self.encoder is not None:
+            return F.normalize(self._given(text), dim=1)
+        return F.normalize(torch.stack([piece.mean(0) for piece in self._pieces(text)]), dim=1)
 
+    @torch.no_grad()
     def question(self, text: str) -> torch.Tensor:
-        """(d,) float32 on the CPU; raises as `document` does."""
-        return self.document(text).mean(0)
+        """(d,) float32 on the CPU, of norm 1: one for all of the text; raises as `document`."""
+        if self.encoder is not None:
+            return F.normalize(self._given(text)[0], dim=0)
+        return F.normalize(torch.cat(self._pieces(text)).mean(0), dim=0)
 
-    def _encoded(self, text: str) -> torch.Tensor:
+    def _given(self, text: str) -> torch.Tensor:
         vectors = torch.as_tensor(self.encoder([text])).detach().float().cpu()
         if vectors.dim() != 2 or vectors.shape[0] != 1 or not vectors.isfinite().all():
             raise ValueError(
@@ -57,49 +61,49 @@ class Router:
             )
         return vectors
 
-    @torch.no_grad()
-    def _embedded(self, text: str) -> torch.Tensor:
-        from ..attach import disabled  # attach knows every kind of memory, and so this room
-
+    def _pieces(self, text: str) -> list[torch.Tensor]:
+        """A vector a token, (tokens, d) float32, for each piece of a text."""
         ids = self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids
         if not ids:
             raise ValueError(f"{text!r} has no token")
+        length = self.config.router_length
+        pieces = [ids[start : start + length] for start in range(0, len(ids), length)]
+        if self.config.router == "output":
+            return [self._hidden(piece) for piece in pieces]
+        embeddings = self.model.get_input_embeddings()
+        device = embeddings.weight.device
+        return [embeddings(torch.tensor(piece, device=device)).float().cpu() for piece in pieces]
+
+    def _hidden(self, ids: list[int]) -> torch.Tensor:
+        """The last hidden states with all memories off, without that of a token that starts every text."""
+        from ..attach import disabled  # attach knows every kind of memory, and so this room
+
         start = [] if self.tokenizer.bos_token_id is None else [self.tokenizer.bos_token_id]
-        decoder, device = decoder_of(self.model), self.model.get_input_embeddings().weight.device
-        vectors = []
+        device = self.model.get_input_embeddings().weight.device
         with disabled(self.model), still(self.model):
-            for first in range(0, len(ids), self.length):
-                piece = torch.tensor([start + ids[first : first + self.length]], device=device)
-                hidden = decoder(input_ids=piece, use_cache=False).last_hidden_state
-                vectors.append(hidden[0, len(start) :].float().mean(0))
-        return torch.stack(vectors).cpu()
+            output = decoder_of(self.model)(
+                input_ids=torch.tensor([start + ids], device=device), use_cache=False
+            )
+        return output.last_hidden_state[0, len(start) :].float().cpu()
 
 
 def scores_of(question: torch.Tensor, shards: Sequence[torch.Tensor]) -> list[float]:
-    """How well each shard fits a question: the highest cosine of its vectors with the question's.
-
-    The mean of the vectors of all these shards is taken off before: hidden states of a model have a large part in
-    common, which says nothing.
+    """How well each shard fits a question: the highest cosine of its documents' vectors with the question's.
 
     Args:
-        question: (d,).
-        shards: vectors (n, d) of each shard; none but those that the caller may read.
+        question: (d,), of norm 1.
+        shards: vectors (n, d) of each shard, of norm 1.
 
     Raises:
         ValueError: vectors of another width.
     """
-    widths = {x.shape[1] for x in shards} | {question.shape[0]}
-    if len(widths) > 1:
+    odd = sorted({x.shape[1] for x in shards} - {question.shape[0]})
+    if odd:
         raise ValueError(
-            f"the question's vector is {question.shape[0]} wide, those of the bank {sorted(widths - {question.shape[0]})}; "
-            "open the bank with the encoder that it was made with"
+            f"the question's vector is {question.shape[0]} wide, those of the bank {odd[0]}; open the bank with the "
+            "encoder that it was made with"
         )
-    together = F.normalize(torch.cat(list(shards)), dim=1)
-    centre = together.mean(0)
-    cosines = F.normalize(together - centre, dim=1) @ F.normalize(
-        F.normalize(question, dim=0) - centre, dim=0
-    )
-    return [float(part.max()) for part in cosines.split([len(x) for x in shards])]
+    return [float((x @ question).max()) for x in shards]
 
 
 def best(

@@ -1,8 +1,9 @@
 """Fixtures of the bank's tests."""
 
 import pytest
-from tests.lora.bank_cases import Makes, attached, tokenizer_of
 from matrix import ARCHITECTURES
+
+from tests.lora.bank_cases import Makes, attached, tokenizer_of
 
 
 def _params():

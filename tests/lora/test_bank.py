@@ -4,11 +4,11 @@ import json
 
 import pytest
 import torch
-from tests.lora.bank_cases import CONFIG, NOON, QUESTIONS, TEXTS, attached, files, shard_files, some
 from matrix import near, says
 from safetensors.torch import load_file
 
 import memlayers as ml
+from tests.lora.bank_cases import CONFIG, NOON, QUESTIONS, TEXTS, attached, files, shard_files, some
 
 
 def logits(makes, state, rows=2):
@@ -211,7 +211,7 @@ def test_a_broken_shard_is_nobodys_trouble_but_its_readers(makes):
     reader = makes.open()
     assert reader.route(QUESTIONS, groups=[["red"]] * 2) == [[("a", 1.0)]] * 2
     assert reader.list(["red"])[0].name == "a"
-    with pytest.raises(ValueError, match="manifest.json"):
+    with pytest.raises(ValueError, match=r"manifest\.json"):
         reader.route(QUESTIONS, groups=[["blue"], ["red"]])
 
 
