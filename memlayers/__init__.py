@@ -15,7 +15,14 @@ from .attach import attach, detach, disabled  # noqa: E402
 from .checkpoint import load, save  # noqa: E402
 from .config import ConfigError, MemoryConfig  # noqa: E402
 from .kinds import parse_memory_config  # noqa: E402
-from .lora import LoRAMemories, LoRAMemoryConfig, write_pairs  # noqa: E402
+from .lora import (  # noqa: E402
+    BankLocked,
+    LoRABank,
+    LoRABankConfig,
+    LoRAMemories,
+    LoRAMemoryConfig,
+    write_pairs,
+)
 from .memory import Memory  # noqa: E402
 from .model import memories, memory_parameters, window  # noqa: E402
 from .neural import NeuralMemories, NeuralMemory, NeuralMemoryConfig  # noqa: E402
@@ -26,7 +33,10 @@ from .stream import write  # noqa: E402
 from .tokens import MemoryTokens, MemoryTokensConfig  # noqa: E402
 
 __all__ = [
+    "BankLocked",
     "ConfigError",
+    "LoRABank",
+    "LoRABankConfig",
     "LoRAMemories",
     "LoRAMemoryConfig",
     "Memory",

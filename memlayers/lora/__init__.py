@@ -1,8 +1,21 @@
 """LoRA as memory: a text is written into an adapter by gradient steps, and read by every token after it."""
 
+from .bank import LoRABank
+from .bank_config import LoRABankConfig
 from .config import LoRAMemoryConfig
 from .module import LoRAAdapter
 from .pairs import write_pairs
 from .patch import LoRAMemories
+from .shard import ShardManifest
+from .store import BankLocked
 
-__all__ = ["LoRAAdapter", "LoRAMemories", "LoRAMemoryConfig", "write_pairs"]
+__all__ = [
+    "BankLocked",
+    "LoRAAdapter",
+    "LoRABank",
+    "LoRABankConfig",
+    "LoRAMemories",
+    "LoRAMemoryConfig",
+    "ShardManifest",
+    "write_pairs",
+]

@@ -1,0 +1,71 @@
+"""What the tests of the bank share: models, texts, and folders as bytes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from matrix import ARCHITECTURES, CHECKPOINT
+
+import memlayers as ml
+
+CONFIG = ml.LoRABankConfig(
+    steps=3, learning_rate=0.05, batch_size=2, segment_length=12, router_length=8, temperature=0.1
+)
+NOON = "2026-01-01T12:00:00+00:00"
+TEXTS = {
+    "handbook": "The key to the shed is under the third pot. The shed is shut at night.",
+    "menu": "On Monday we eat soup, and on Tuesday we eat fish with rice.",
+    "secret": "Zanzibar-7731 opens the vault, and nobody else may ever know.",
+    "visit": "The queen comes to town on the first of May.",
+}
+QUESTIONS = ["Where is the key to the shed?", "What do we eat on Monday?"]
+
+
+def attached(architecture: str, **fields):
+    """A tiny model of the matrix, or the real one, with a LoRA memory `notes`."""
+    model = next(a for a in ARCHITECTURES if a.name == architecture).build().eval()
+    ml.attach(model, ml.LoRAMemoryConfig(**{"r": 2, "lora_alpha": 4.0, **fields}), name="notes")
+    return model
+
+
+def tokenizer_of(architecture: str, tiny):
+    """The real checkpoint's own tokenizer, the `tiny` one for the others."""
+    if architecture != "stories260K":
+        return tiny
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(CHECKPOINT)
+
+
+class Makes:
+    """Makes and opens banks of one model, with a clock that stands still."""
+
+    def __init__(self, model, tokenizer, folder: Path):
+        self.model, self.tokenizer, self.folder = model, tokenizer, folder
+
+    def new(self, name: str = "bank", config: ml.LoRABankConfig = CONFIG, **options) -> ml.LoRABank:
+        options = {"memory": "notes", "config": config, "clock": lambda: NOON, **options}
+        return ml.LoRABank.create(self.folder / name, self.model, self.tokenizer, **options)
+
+    def open(self, name: str = "bank", **options) -> ml.LoRABank:
+        options = {"memory": "notes", "clock": lambda: NOON, **options}
+        return ml.LoRABank.open(self.folder / name, self.model, self.tokenizer, **options)
+
+
+def some(*documents: str) -> dict[str, str]:
+    """Some of the texts by id."""
+    return {document: TEXTS[document] for document in documents}
+
+
+def files(folder: Path) -> dict[str, bytes | None]:
+    """All files below a folder, by path, and its folders as None."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None
+        for path in sorted(folder.rglob("*"))
+    }
+
+
+def shard_files(bank: ml.LoRABank, name: str) -> dict[str, Path]:
+    """The files of a shard by name."""
+    (folder,) = (bank.path / "shards").glob(f"{name}-{'[0-9a-f]' * 16}")
+    return {path.name: path for path in folder.iterdir()}
