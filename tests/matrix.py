@@ -253,7 +253,7 @@ KINDS = [
 ]
 
 
-def _product_key(name: str, **fields) -> Kind:
+def _product_key(name: str, only: tuple[str, ...] = (), **fields) -> Kind:
     """Tables of 8² slots in the last layer."""
     small = {"layers": [-1], "n_keys": 8, "heads": 2, "top_k": 4, "key_dim": 8}
     config = ml.ProductKeyMemoryConfig(**{**small, **fields})
@@ -266,14 +266,17 @@ def _product_key(name: str, **fields) -> Kind:
         segmented=False,
         replaces=replaces,
         chooses=True,
+        only=only,
     )
 
 
 KINDS += [
     _product_key("product_key", layers=[0, 1], value_dim=24),
-    _product_key("product_key_gate", gate="learned", score="sigmoid", share_values=False, heads=3),
-    _product_key("product_key_plain", gate="none", value_proj=False, value_init="zero", qk_norm=False),
-    _product_key("product_key_replace", placement="replace", score="relu", key_init="normal"),
+    _product_key("product_key_gate", UNLIKE, gate="learned", score="sigmoid", share_values=False, heads=3),
+    _product_key(
+        "product_key_plain", UNLIKE, gate="none", value_proj=False, value_init="zero", qk_norm=False
+    ),
+    _product_key("product_key_replace", UNLIKE, placement="replace", score="relu", key_init="normal"),
 ]
 
 

@@ -16,23 +16,18 @@ import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING
 
 import torch
 
 from ..config import ConfigError
-from ..files import make_folder, write_whole
-from ..model import bare, max_positions, memories, stateful
-from ..state import MemoryState
-from ..streaming import fresh_state
+from ..model import bare, max_positions
 from . import recipes
 from . import shard as files_of
 from .bank_config import LoRABankConfig
-from .library import Library
-from .mixing import mixed
-from .patch import LoRAMemories
+from .reader import BankReader, known_shard, lora_memory, shape_of
 from .recipes import Recipe
-from .router import Encoder, Router, best, scores_of
+from .router import Encoder
 from .shard import ShardManifest, sha256
 from .store import FORMAT, BankIndex, Files, ShardEntry, Store, check_name, folder_of
 from .training import train_shard
@@ -40,12 +35,8 @@ from .training import train_shard
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-Route = list[tuple[str, float]]
-"""The shards of one question, best first, and their weights."""
-Answer = TypeVar("Answer")
 
-
-class LoRABank:
+class LoRABank(BankReader):
     """A folder of LoRA shards of one model, each trained on some documents of one group.
 
     Documents have ids that are theirs alone in the bank. A change takes the bank for one process; readers never wait
@@ -59,13 +50,8 @@ class LoRABank:
     """
 
     def __init__(self, store: Store, index: BankIndex, model, tokenizer, memory: str, encoder, clock):
-        owner = _memory(model, memory)
-        self.path, self.config = store.path, index.config
-        self.model, self.tokenizer, self.memory = model, tokenizer, memory
-        self._store, self._clock = store, clock or _now
-        self._targets = files_of.targets_of(model, owner)
-        self._library = Library(store, self._targets, owner.new_state(1))
-        self._router = Router(model, tokenizer, index.config, encoder)
+        super().__init__(store, index, model, tokenizer, memory, encoder)
+        self._clock = clock or _now
 
     @classmethod
     def create(
@@ -95,7 +81,7 @@ class LoRABank:
             ConfigError: segments longer than the model reads.
         """
         config = config or LoRABankConfig()
-        store, owner = Store(path), _memory(model, memory)
+        store, owner = Store(path), lora_memory(model, memory)
         _check_lengths(model, config)
         index = BankIndex(
             format=FORMAT,
@@ -103,7 +89,7 @@ class LoRABank:
             router="model" if encoder is None else "user",
             config=config,
             shards={},
-            **_shape(model, owner),
+            **shape_of(model, owner),
         )
         store.create(index)
         return cls(store, index, model, tokenizer, memory, encoder, clock)
@@ -127,14 +113,14 @@ class LoRABank:
             ValueError: the bank belongs to another base, or its LoRA memory or its encoder was another.
             KeyError, TypeError: as in `create`.
         """
-        store, owner = Store(path), _memory(model, memory)
+        store, owner = Store(path), lora_memory(model, memory)
         index, base = store.read(), files_of.base_hash(model)
         if base != index.base:
             raise ValueError(
                 f"the bank at {path} belongs to another base: config and tensors of this one hash to {base[:12]}…, the "
                 f"bank has {index.base[:12]}…"
             )
-        for field, value in _shape(model, owner).items():
+        for field, value in shape_of(model, owner).items():
             if getattr(index, field) != value:
                 raise ValueError(
                     f"the bank at {path} was made for a LoRA memory with {field} {getattr(index, field)}, memory "
@@ -152,8 +138,6 @@ class LoRABank:
             with store.locked():
                 store.clean()
         return bank
-
-    # changing the bank
 
     def add(
         self, documents: Mapping[str, str], group: str, name: str | None = None, *, progress: bool = False
@@ -248,7 +232,7 @@ class LoRABank:
         if isinstance(shards, str) or len(chosen) < max(2, len(shards)):
             raise ValueError(f"merge needs two different shards at least, got {shards!r}")
         with self._changing() as index:
-            old = [self._library.manifest(index, _known(shard, index)) for shard in chosen]
+            old = [self._library.manifest(index, known_shard(shard, index)) for shard in chosen]
             groups = sorted({manifest.group for manifest in old})
             if len(groups) > 1:
                 raise ValueError(f"shards of groups {groups} cannot be merged; a shard has one group")
@@ -258,82 +242,6 @@ class LoRABank:
             _check_free(name, set(index.shards) - set(chosen))
             return self._replace(index, old, [Recipe(name, groups[0], texts, self._clock())], progress)[0]
 
-    # reading it
-
-    def list(self, groups: Sequence[str] | None = None) -> list[ShardManifest]:
-        """The manifests of the shards that `groups` may read, by name; None: of all.
-
-        Raises:
-            ValueError: a group that is not in the bank.
-        """
-
-        def manifests(index: BankIndex):
-            names = sorted(index.shards) if groups is None else _permitted(index, groups)
-            return [self._library.manifest(index, name) for name in names]
-
-        return self._reading(manifests)
-
-    def route(
-        self, questions: Sequence[str], *, groups: Sequence[Sequence[str]], top_k: int = 2
-    ) -> Sequence[Route]:
-        """The shards that answer each question, best first, with the weights by which `read` mixes them.
-
-        Only shards that a row's groups may read are looked at: the others, and other rows, change nothing.
-
-        Args:
-            questions: texts.
-            groups: for each question, the groups that its asker may read; a row without any gets no shard.
-            top_k: shards a question, at most.
-
-        Raises:
-            ValueError: a group that is not in the bank; not a row of groups for each question; top_k below 1; a
-                question without tokens.
-        """
-        _check_rows(questions, groups, top_k)
-        return self._reading(lambda index: self._routes(index, questions, groups, top_k))
-
-    def read(
-        self, questions: Sequence[str], *, groups: Sequence[Sequence[str]], top_k: int = 2
-    ) -> MemoryState:
-        """What the bank has on each question, as a state for `forward` and `generate`.
-
-        The adapters of a row's shards stand side by side, each B times its weight: rank top_k · r, zeros where a row
-        has fewer shards.
-
-        Args, Raises: as in `route`.
-
-        Returns:
-            A state of a row a question, on the model's device.
-        """
-        _check_rows(questions, groups, top_k)
-
-        def fields(index: BankIndex):
-            routes = self._routes(index, questions, groups, top_k)
-            rows = [
-                [(self._library.adapter(index, shard), weight) for shard, weight in row] for row in routes
-            ]
-            return mixed(rows, top_k, self._library.like)
-
-        others = fresh_state(stateful(self.model), len(questions)).fields
-        device = self.model.get_input_embeddings().weight.device
-        return MemoryState({**others, self.memory: self._reading(fields)}).detach().to(device)
-
-    def export(self, shard: str, folder: str | Path) -> Path:
-        """Copy a shard as a PEFT adapter: `PeftModel.from_pretrained(base, folder)` is the base with this shard.
-
-        Raises:
-            KeyError: a shard that is not in the bank.
-            NotADirectoryError: a file stands at `folder`.
-            ValueError: the weights do not match their manifest.
-        """
-        files = self._reading(lambda index: self._library.peft_files(index, _known(shard, index)))
-        make_folder(Path(folder))
-        for name, data in files.items():
-            write_whole(Path(folder) / name, lambda path, data=data: path.write_bytes(data))
-        return Path(folder)
-
-    # inside
-
     @contextlib.contextmanager
     def _changing(self) -> Iterator[BankIndex]:
         """The bank as it is on disk, held by this object alone, and clean."""
@@ -341,17 +249,6 @@ class LoRABank:
         with self._store.locked():
             self._store.clean()
             yield self._store.read()
-
-    def _reading(self, use: Callable[[BankIndex], Answer]) -> Answer:
-        """`use` of the bank as it is on disk; again where another process has changed it under our hands."""
-        while True:
-            index = self._store.read()
-            self._library.drop_old(index)
-            try:
-                return use(index)
-            except FileNotFoundError:
-                if self._store.read() == index:
-                    raise
 
     def _replace(
         self, index: BankIndex, old: Sequence[ShardManifest], new: Sequence[Recipe], progress: bool
@@ -373,7 +270,7 @@ class LoRABank:
 
     def _made(self, recipe: Recipe, index: BankIndex, progress: bool) -> tuple[ShardManifest, Files]:
         """Train a shard; its manifest and all its files. Nothing is written."""
-        owner, texts = _memory(self.model, self.memory), recipe.texts
+        owner, texts = lora_memory(self.model, self.memory), recipe.texts
         fields = train_shard(
             self.model, self.memory, self.tokenizer, texts, recipe.name, self.config, progress=progress
         )
@@ -397,34 +294,9 @@ class LoRABank:
             base=index.base,
             adapter=sha256(files[files_of.ADAPTER]),
             router=sha256(files[files_of.ROUTER]),
-            **_shape(self.model, owner),
+            **shape_of(self.model, owner),
         )
         return manifest, {**files, files_of.MANIFEST: files_of.manifest_bytes(manifest)}
-
-    def _routes(self, index: BankIndex, questions, groups, top_k: int) -> Sequence[Route]:
-        # All rights are looked at before anything else is.
-        permitted = [_permitted(index, own) for own in groups]
-        routes = []
-        for question, names in zip(questions, permitted):
-            vectors = [self._library.vectors(index, name) for name in names]
-            scores = scores_of(self._router.question(question), vectors) if names else []
-            routes.append(best(names, scores, top_k, self.config.temperature))
-        return routes
-
-
-def _memory(model, name: str) -> LoRAMemories:
-    present = memories(model)
-    if name not in present:
-        raise KeyError(f"no memory named {name!r} in this model; it has {sorted(present) or 'none'}")
-    if not isinstance(present[name], LoRAMemories):
-        raise TypeError(f"memory {name!r} is a {type(present[name]).__name__}; a bank needs a LoRA memory")
-    return present[name]
-
-
-def _shape(model, owner: LoRAMemories) -> dict[str, Any]:
-    """What an adapter must have in common with the memory that reads it."""
-    targets = files_of.targets_of(model, owner)
-    return {"r": owner.config.r, "lora_alpha": owner.config.lora_alpha, "targets": list(targets.values())}
 
 
 def _check_lengths(model, config: LoRABankConfig) -> None:
@@ -437,35 +309,9 @@ def _check_lengths(model, config: LoRABankConfig) -> None:
             )
 
 
-def _permitted(index: BankIndex, groups: Sequence[str]) -> Sequence[str]:
-    """The shards that `groups` may read, by name."""
-    if isinstance(groups, str):
-        raise TypeError(f"groups are a list of names, got the text {groups!r}")
-    known = {entry.group for entry in index.shards.values()}
-    for group in groups:
-        if group not in known:
-            raise ValueError(f"no group {group!r} in this bank")
-    return sorted(name for name, entry in index.shards.items() if entry.group in set(groups))
-
-
-def _check_rows(questions: Sequence[str], groups: Sequence[Sequence[str]], top_k: int) -> None:
-    if isinstance(questions, str) or not questions:
-        raise ValueError("questions must be a list of one text at least")
-    if isinstance(groups, str) or len(groups) != len(questions):
-        raise ValueError(f"groups must be a list of groups for each of the {len(questions)} questions")
-    if top_k < 1:
-        raise ValueError(f"top_k must be 1 at least, got {top_k}")
-
-
 def _check_free(name: str, taken) -> None:
     if name in taken:
         raise ValueError(f"the bank has a shard {name!r} already; choose another name")
-
-
-def _known(shard: str, index: BankIndex) -> str:
-    if shard not in index.shards:
-        raise KeyError(f"no shard {shard!r} in the bank")
-    return shard
 
 
 def _now() -> str:
