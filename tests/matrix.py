@@ -229,7 +229,12 @@ variant of a kind that is run on all."""
 
 KINDS = [
     Kind("recurrent", {"stream": _tokens_config()}),
-    Kind("accumulate", {"stream": _tokens_config(mode="accumulate")}, accumulates=True),
+    Kind(
+        "accumulate",
+        {"stream": _tokens_config(mode="accumulate")},
+        accumulates=True,
+        only=(*UNLIKE, "stories260K"),
+    ),
     Kind(
         "writes_decoding",
         {"stream": _tokens_config(write_while_decoding=True)},
