@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pydantic
-import safetensors.torch
 import torch
 from pydantic import Field
 from safetensors import SafetensorError
+from safetensors.torch import load as tensors_from_bytes
+from safetensors.torch import save as bytes_from_tensors
 
 from ..config import ConfigError, Strict, explain
 from ..memory import Fields
@@ -116,7 +117,7 @@ def adapter_bytes(fields: Fields, targets: Mapping[str, str]) -> bytes:
         for layer, target in targets.items()
         for x in "AB"
     }
-    return safetensors.torch.save(tensors, metadata={"format": "pt"})
+    return bytes_from_tensors(tensors, metadata={"format": "pt"})
 
 
 def adapter_config_bytes(model: PreTrainedModel, memory: LoRAMemories, targets: Mapping[str, str]) -> bytes:
@@ -147,7 +148,7 @@ def documents_bytes(texts: Mapping[str, str]) -> bytes:
 
 def router_bytes(vectors: torch.Tensor) -> bytes:
     """The vectors (n, d), float32, by which questions find the shard, in the order of the documents' ids."""
-    return safetensors.torch.save({"vectors": vectors.contiguous()})
+    return bytes_from_tensors({"vectors": vectors.contiguous()})
 
 
 def manifest_bytes(manifest: ShardManifest) -> bytes:
@@ -250,7 +251,7 @@ def _tensors(path: Path, expected: str, field: str) -> Fields:
             "short or do not belong to this manifest"
         )
     try:
-        return safetensors.torch.load(data)
+        return tensors_from_bytes(data)
     except SafetensorError as error:
         raise ValueError(f"{path} is not a safetensors file ({error})") from None
 
