@@ -49,14 +49,9 @@ def segmented(model: nn.Module) -> dict[str, Memory]:
     return {n: m for n, m in memories(model).items() if m.enabled and m.segment_length is not None}
 
 
-def streaming(model: nn.Module) -> dict[str, Memory]:
-    """The enabled memories that every token changes, by name."""
-    return {n: m for n, m in memories(model).items() if m.enabled and m.streams}
-
-
 def stateful(model: nn.Module) -> dict[str, Memory]:
     """The enabled memories that keep a state, by name. They all read in segments, or all stream."""
-    return {**segmented(model), **streaming(model)}
+    return {n: m for n, m in memories(model).items() if m.enabled and m.keeps_state}
 
 
 def by_gradient(model: nn.Module) -> bool:

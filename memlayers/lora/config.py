@@ -23,8 +23,11 @@ class WriterSection(Strict):
             instead of all at the same time (PERK, 2507.06415).
         learned_steps: each inner step has a learned rate for each tensor (PERK); `learning_rate` is where they start.
         token_weights: a learned weight for each token of a text, from its hidden state (PERK); all start at 1.
-        unroll: in training, how many of the last inner steps the outer gradient passes through. None: all (MAML); 0:
-            none (FOMAML). Through the others it passes as if the steps did not depend on the adapter.
+        outer_gradient: in training, how the gradient of what was written comes back to the start: `maml`, through the
+            inner steps; `fomaml`, as if they did not depend on the start; `reptile`, the same and the way that the
+            steps went (1803.02999).
+        unroll: with `maml`, how many of the last inner steps the gradient passes through; through those before it
+            passes as in `fomaml`. None: all.
     """
 
     steps: int = Field(4, ge=0)
@@ -35,13 +38,25 @@ class WriterSection(Strict):
     streaming: bool = False
     learned_steps: bool = False
     token_weights: bool = False
-    unroll: int | None = Field(None, ge=0)
+    outer_gradient: Literal["maml", "fomaml", "reptile"] = "maml"
+    unroll: int | None = Field(None, ge=1)
 
     @model_validator(mode="after")
     def _fits_together(self):
         if self.unroll is not None and self.unroll > self.steps:
             raise ConfigError(f"unroll: {self.unroll} is more than the {self.steps} steps")
+        if self.unroll is not None and self.outer_gradient != "maml":
+            raise ConfigError(
+                f"unroll: {self.outer_gradient} passes through no step; leave unroll out, or set outer_gradient: maml"
+            )
         return self
+
+    @property
+    def n_unrolled(self) -> int:
+        """Last inner steps that the outer gradient passes through."""
+        if self.outer_gradient != "maml":
+            return 0
+        return self.steps if self.unroll is None else self.unroll
 
 
 class LoRAMemoryConfig(MemoryConfig):

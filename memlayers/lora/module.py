@@ -21,7 +21,7 @@ class LoRAAdapter(nn.Module):
         self.A = nn.Parameter(torch.empty(r, in_features))
         self.B = nn.Parameter(torch.zeros(out_features, r))
         self.scaling = lora_alpha / r
-        nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))  # as in PEFT
+        draw_a(self.A)
 
     def new_state(self, batch_size: int) -> tuple[torch.Tensor, torch.Tensor]:
         """A (batch, r, in_features) and B (batch, out_features, r) before anything is written, in float32."""
@@ -53,3 +53,8 @@ class LoRAAdapter(nn.Module):
     def extra_repr(self) -> str:
         r, in_features = self.A.shape
         return f"in_features={in_features}, out_features={self.B.shape[0]}, r={r}, scaling={self.scaling:g}"
+
+
+def draw_a(a: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
+    """Fill A in place as PEFT draws it."""
+    return nn.init.kaiming_uniform_(a, a=math.sqrt(5), generator=generator)

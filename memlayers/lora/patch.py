@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextvars import ContextVar
 
 import torch
@@ -56,16 +57,18 @@ class LoRAMemories(Memory):
                 attention_of(model, layer).register_forward_pre_hook(_enter_again, with_kwargs=True)
             )
             handles.append(block.register_forward_hook(_leave, always_call=True))
-        for key in self.adapters:
-            module = decoder.get_submodule(key.replace("-", "."))
-            handles.append(module.register_forward_hook(_Add(self, key)))
+        for name, adapter in self.named_adapters():
+            handles.append(decoder.get_submodule(name).register_forward_hook(_Add(self, name, adapter)))
         return handles
+
+    def named_adapters(self) -> Iterator[tuple[str, LoRAAdapter]]:
+        """The adapters by the names that their linear layers have in the decoder."""
+        return ((key.replace("-", "."), adapter) for key, adapter in self.adapters.items())
 
     def new_state(self, batch_size: int) -> Fields:
         """Fields `<linear layer>.lora_A` (batch, r, in_features) and `.lora_B` (batch, out_features, r), float32."""
         fields = {}
-        for key, adapter in self.adapters.items():
-            name = key.replace("-", ".")
+        for name, adapter in self.named_adapters():
             fields[f"{name}.lora_A"], fields[f"{name}.lora_B"] = adapter.new_state(batch_size)
         return fields
 
@@ -95,18 +98,16 @@ class LoRAMemories(Memory):
 class _Add:
     """A forward hook of a linear layer; an object, so that a deep copy of the model adds the copied memory."""
 
-    def __init__(self, owner: LoRAMemories, key: str):
-        self.owner, self.key = owner, key
+    def __init__(self, owner: LoRAMemories, layer: str, adapter: LoRAAdapter):
+        self.owner, self.layer, self.adapter = owner, layer, adapter
 
     def __call__(self, module: nn.Module, args: tuple, output: torch.Tensor):
         run = RUNNING.get()
         name = run.name_of(self.owner) if run is not None else None
         if name is None:
             return None
-        fields, layer = run.before[name], self.key.replace("-", ".")
-        return output + self.owner.adapters[self.key](
-            args[0], fields[f"{layer}.lora_A"], fields[f"{layer}.lora_B"]
-        )
+        fields = run.before[name]
+        return output + self.adapter(args[0], fields[f"{self.layer}.lora_A"], fields[f"{self.layer}.lora_B"])
 
 
 def _enter(block: nn.Module, args: tuple, kwargs: dict) -> None:

@@ -106,8 +106,7 @@ def targets_of(model: PreTrainedModel, memory: LoRAMemories) -> dict[str, str]:
     """Layer as the fields of a state name it to the name of the linear layer in the model, by which PEFT knows it."""
     model, decoder = bare(model), decoder_of(model)
     prefix = next(name for name, module in model.named_modules() if module is decoder)
-    layers = [key.replace("-", ".") for key in memory.adapters]
-    return {layer: f"{prefix}.{layer}" for layer in sorted(layers)}
+    return {layer: f"{prefix}.{layer}" for layer, _ in sorted(memory.named_adapters())}
 
 
 def adapter_bytes(fields: Fields, targets: Mapping[str, str]) -> bytes:

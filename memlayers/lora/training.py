@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import math
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
@@ -21,6 +20,7 @@ from ..model import stateful
 from ..state import MemoryState
 from ..streaming import fresh_state
 from .bank_config import LoRABankConfig
+from .module import draw_a
 from .segments import Segments, of_text
 from .writer import row_losses
 
@@ -95,10 +95,9 @@ def _seed(seed: int, name: str) -> int:
 def _start(owner: LoRAMemories, generator: torch.Generator) -> Fields:
     """A as PEFT draws it, B at zero."""
     fields = {}
-    for key, adapter in owner.adapters.items():
-        layer = key.replace("-", ".")
+    for layer, adapter in owner.named_adapters():
         a = torch.empty(adapter.A.shape, dtype=torch.float32)
-        fields[f"{layer}.lora_A"] = nn.init.kaiming_uniform_(a, a=math.sqrt(5), generator=generator)
+        fields[f"{layer}.lora_A"] = draw_a(a, generator)
         fields[f"{layer}.lora_B"] = torch.zeros(adapter.B.shape, dtype=torch.float32)
     return fields
 

@@ -21,6 +21,7 @@ from ..memory import Fields
 from ..state import MemoryCache, MemoryState
 from .config import WriterSection
 from .inner import InnerOptimizer
+from .reptile import reptile
 from .segments import Segments
 
 if TYPE_CHECKING:
@@ -65,8 +66,10 @@ class Writer(nn.Module):
             differentiable: keep the graph from the state, and from what is learned here, to the result.
 
         Raises:
-            ValueError: the loss of a row is not finite; names the step and the row.
+            ValueError: the loss of a row is not finite; names the step and the row. Gradient checkpointing, in
+                training, of a mode that inner gradients do not go through.
         """
+        _check_checkpointing(model, second_order=differentiable and self.config.n_unrolled > 0)
         parts = segments.one_by_one() if self.config.streaming else [segments]
         bar = tqdm(total=len(parts) * self.config.steps, unit="step", desc="write", disable=not progress)
         fields = state[name]
@@ -75,14 +78,16 @@ class Writer(nn.Module):
                 fields = {field: x.detach().clone() for field, x in fields.items()}
             for part in parts:
                 fields = self._steps(model, name, part, state, fields, differentiable, bar)
+            if differentiable and self.config.outer_gradient == "reptile":
+                rate = self.config.learning_rate
+                fields = {field: reptile(x, state[name][field], rate) for field, x in fields.items()}
         bar.close()
         return fields
 
     def _steps(self, model, name, segments, state, fields: Fields, differentiable: bool, bar) -> Fields:
         optimizer = InnerOptimizer(self.config, list(fields.values()))
-        unroll = self.config.steps if self.config.unroll is None else self.config.unroll
         for step in range(self.config.steps):
-            through = differentiable and step >= self.config.steps - unroll
+            through = differentiable and step >= self.config.steps - self.config.n_unrolled
             given = fields if through else {field: x.detach().requires_grad_() for field, x in fields.items()}
             read = MemoryState({**state.fields, name: given})
             losses = row_losses(model, segments, read, self.token_weights)
@@ -142,6 +147,27 @@ def row_losses(
         each = each * 2 * torch.sigmoid(token_weights(hidden)[..., 0].to(each.dtype))
     each, counted = (x.reshape(rows, -1) for x in (each, learned[:, 1:]))
     return (each * counted).sum(1) / counted.sum(1).clamp(min=1)
+
+
+def _check_checkpointing(model: nn.Module, second_order: bool) -> None:
+    """Raise ValueError where gradient checkpointing would break the gradients of the inner steps."""
+    modes = {
+        "reentrant"
+        if getattr(m._gradient_checkpointing_func, "keywords", {}).get("use_reentrant")
+        else "other"
+        for m in model.modules()
+        if m.training and getattr(m, "gradient_checkpointing", False)
+    }
+    if "reentrant" in modes:
+        raise ValueError(
+            "gradient_checkpointing: inner gradients do not go through reentrant checkpointing; enable it with "
+            "{'use_reentrant': False} and outer_gradient fomaml or reptile, or write in eval mode"
+        )
+    if modes and second_order:
+        raise ValueError(
+            "gradient_checkpointing: writer.outer_gradient maml goes twice through the inner steps, checkpointing once; "
+            "set it to fomaml or reptile, or turn gradient checkpointing off and set writer.unroll"
+        )
 
 
 def _twice_differentiable(on: bool):

@@ -1,31 +1,13 @@
-"""Writing by gradient steps: what a step is, for whom, and how the outer gradient comes back."""
+"""Writing by gradient steps: what a step is, and for whom."""
 
 import pytest
 import torch
-from matrix import ARCHITECTURES, pad, says, tokens
+from matrix import pad, says, tokens
 from peft import LoraConfig, get_peft_model
 
 import memlayers as ml
 from memlayers.lora.segments import of_text
-
-TEXT = 17
-LLAMA, GPT2 = ARCHITECTURES[0], ARCHITECTURES[3]
-
-
-def wrapped(architecture=LLAMA, dtype=torch.float32, shake=0.0, r=3, **writer):
-    """A model with a LoRA memory; `shake` moves what is learned off its start."""
-    model = architecture.build().eval().to(dtype)
-    fields = {"steps": 2, "learning_rate": 0.01, "segment_length": 5, **writer}
-    torch.manual_seed(1)
-    memory = ml.attach(model, ml.LoRAMemoryConfig(r=r, lora_alpha=6, writer=fields), name="notes").to(dtype)
-    with torch.no_grad():
-        for parameter in memory.parameters():
-            parameter.add_(shake * torch.randn_like(parameter))
-    return model, memory
-
-
-def values(state):
-    return list(state["notes"].values())
+from tests.lora.writer_cases import GPT2, LLAMA, TEXT, values, wrapped
 
 
 @pytest.mark.parametrize("architecture", [LLAMA, GPT2], ids=lambda a: a.name)
@@ -38,7 +20,7 @@ def test_it_is_a_lora_of_peft_trained_on_the_segments(architecture, optimizer):
         for adapter in memory.adapters.values():
             adapter.B.add_(0.1 * torch.randn_like(adapter.B))
     state = ml.write(model, ids)
-    names = [key.replace("-", ".") for key in memory.adapters]
+    names = [name for name, _ in memory.named_adapters()]
 
     base = architecture.build().eval().double()
     decoder = next(name for name, child in base.named_children() if child is base.get_decoder())
@@ -47,8 +29,7 @@ def test_it_is_a_lora_of_peft_trained_on_the_segments(architecture, optimizer):
     peft = get_peft_model(base, config).double()
     found = dict(peft.named_parameters())
     pairs = []
-    for name, target in zip(names, targets):
-        adapter = memory.adapters[name.replace(".", "-")]
+    for (name, adapter), target in zip(memory.named_adapters(), targets):
         for part, start in (("lora_A", adapter.A), ("lora_B", adapter.B)):
             parameter = found[f"base_model.model.{target}.{part}.default.weight"]
             parameter.data.copy_(start)
@@ -98,59 +79,6 @@ def test_more_steps_know_the_text_better():
     assert losses[0] > losses[1] > losses[2]
 
 
-def next_token_loss(model, ids, state):
-    """In the model's dtype; Hugging Face's own losses are float32."""
-    logits = model(ids, memory_state=state).logits[:, :-1]
-    return torch.nn.functional.cross_entropy(logits.transpose(1, 2), ids[:, 1:])
-
-
-def outer_loss(model, ids, question):
-    state = ml.write(model, ids, differentiable=True)
-    return next_token_loss(model, question, state)
-
-
-@pytest.mark.parametrize("fields", [{}, {"unroll": 1}, {"unroll": 0}, {"streaming": True}], ids=str)
-@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
-def test_outer_gradient(optimizer, fields):
-    """Against finite differences along a random direction in all that is learned. Truncated, the rates alone: their
-    last steps are exact, the earlier ones are where the truth says so."""
-    learned = {"learned_steps": True, "token_weights": True}
-    options = {"dtype": torch.float64, "shake": 0.1, "optimizer": optimizer, **learned, **fields}
-    model, memory = wrapped(GPT2, **options, learning_rate=0.05)  # Llama's norms are float32 in any case
-    ids, question = tokens(2, 11), tokens(2, 6, seed=3)
-    parameters = dict(memory.named_parameters())
-    if fields.get("unroll") is not None:
-        last = parameters["writer.log_rates"]
-        gradient = torch.autograd.grad(outer_loss(model, ids, question), last)[0][-1:]
-        moved = last.data[-1:]
-    else:
-        moved = [p.data for p in parameters.values()]
-        gradient = torch.autograd.grad(outer_loss(model, ids, question), list(parameters.values()))
-    moved, gradient = (x if isinstance(x, (list, tuple)) else [x] for x in (moved, gradient))
-    directions = [torch.randn_like(x) for x in moved]
-    step, ends = 1e-9, []  # AdamW turns where a gradient of an adapter changes its sign
-    for sign in (1, -2):
-        for x, direction in zip(moved, directions):
-            x += sign * step * direction
-        ends.append(outer_loss(model, ids, question).item())
-    slope = (ends[0] - ends[1]) / (2 * step)
-    assert sum((g * d).sum() for g, d in zip(gradient, directions)).item() == pytest.approx(slope, rel=1e-3)
-
-
-def test_unroll_0_is_first_order():
-    """The gradient of the start is that of what was written, as if the steps were constants."""
-    model, memory = wrapped(dtype=torch.float64, shake=0.1, unroll=0)
-    ids, question = tokens(1, 11), tokens(1, 6, seed=3)
-    outer_loss(model, ids, question).backward()
-    state = ml.write(model, ids)
-    leaves = {field: x.requires_grad_() for field, x in state["notes"].items()}
-    next_token_loss(model, question, ml.MemoryState({"notes": leaves})).backward()
-    for key, adapter in memory.adapters.items():
-        name = key.replace("-", ".")
-        torch.testing.assert_close(adapter.A.grad, leaves[f"{name}.lora_A"].grad[0])
-        torch.testing.assert_close(adapter.B.grad, leaves[f"{name}.lora_B"].grad[0])
-
-
 def test_a_loss_that_is_not_finite():
     model, _ = wrapped(steps=4, learning_rate=1e30, optimizer="sgd")
     ids = tokens(2, TEXT)
@@ -168,6 +96,10 @@ def test_bad_fields_are_named():
     for fields, parts in [
         ({"r": 0}, ["r:", "greater than or equal to 1"]),
         ({"writer": {"steps": 2, "unroll": 3}}, ["writer.unroll: 3 is more than the 2 steps"]),
+        (
+            {"writer": {"outer_gradient": "reptile", "unroll": 1}},
+            ["writer.unroll: reptile passes through no"],
+        ),
         ({"writer": {"step": 2}}, ["writer.step: unknown field", "did you mean 'steps'"]),
         ({"target_modules": []}, ["target_modules"]),
     ]:
