@@ -16,9 +16,9 @@ from transformers import (
 import memlayers as ml
 from memlayers.checkpoint import CONFIG
 from memlayers.config import ConfigError
-from memlayers.model import stateful, windowed
+from memlayers.model import by_gradient, stateful, windowed
 
-from .config import ModelSection, TrainConfig
+from .config import LossSection, ModelSection, TrainConfig
 from .optimizers import choose_parameters
 
 
@@ -144,8 +144,8 @@ def _is_linear(module: torch.nn.Module) -> bool:
     return isinstance(module, torch.nn.Linear) or type(module).__name__ == "Conv1D"
 
 
-def check_regime(model: PreTrainedModel, regime: str) -> None:
-    """Raise ConfigError where a regime of the data and the model do not go together."""
+def check_regime(model: PreTrainedModel, regime: str, loss: LossSection) -> None:
+    """Raise ConfigError where a regime of the data, its loss and the model do not go together."""
     if regime == "D" and not stateful(model):
         raise ConfigError(
             "data.regime: D asks with memory alone, but this model has no memory that reads; use F"
@@ -153,4 +153,9 @@ def check_regime(model: PreTrainedModel, regime: str) -> None:
     if regime == "F" and windowed(model):
         raise ConfigError(
             "data.regime: F is full attention, but a memory cuts attention to a window; use W or D"
+        )
+    if regime == "D" and loss.context > 0 and by_gradient(model):
+        raise ConfigError(
+            "loss.context: this memory writes the context by gradient steps of its own, which have no loss outside; "
+            "set it to 0"
         )

@@ -78,7 +78,7 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
         set_seed(config.seed)
         model, tokenizer = build_model(config)
         source = make_source(config, tokenizer, segment_length(model))
-        check_regime(model, source.regime)
+        check_regime(model, source.regime, config.loss)
         check_embeddings(model, source)
         if config.model.config is not None:
             keep_start(model, tokenizer, output / "start", accelerator)
