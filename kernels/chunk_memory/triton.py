@@ -103,9 +103,9 @@ class Memory(torch.autograd.Function):
         ctx.layout, ctx.gradient = layout, gradient
         ends = [layer.states[:, -1].clone() for layer in chunks.layers]
         at = every(closed_chunks), closed_chunks, 0
-        moved = [layer.states[at] for layer in chunks.layers]
         kept = stays(closed_chunks)
-        return y, *ends, *(torch.where(kept, old, new) for old, new in zip(anchors, moved))
+        moved = (torch.where(kept, old, layer.states[at]) for old, layer in zip(anchors, chunks.layers))
+        return y, *ends, *moved
 
     @staticmethod
     @once_differentiable

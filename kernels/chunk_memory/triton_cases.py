@@ -59,7 +59,9 @@ COMPILE_CASES = [
     compile_case(mix_kernel, "fp32_dk", FLIP_STATES=True, FLIP_RESPONSE=True, GRADS=True),
     compile_case(outer_kernel, "bf16", "x grad"),
     compile_case(response_kernel, "bf16", "q k grad"),
+    compile_case(two_layers_kernel, "bf16", "k v", **TWO_LAYERS),
     compile_case(two_layers_kernel, "fp32", **TWO_LAYERS),
+    compile_case(two_layers_backward_kernel, "bf16", "k", **TWO_LAYERS),
     compile_case(two_layers_backward_kernel, "fp32", **TWO_LAYERS),
     compile_case(mix_kernel, "fp32_hidden", D_IN=256),
 ]
