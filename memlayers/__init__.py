@@ -11,6 +11,7 @@ _root = _Path(__file__).resolve().parent.parent
 if (_root / "pyproject.toml").is_file():
     __path__.append(str(_root))
 
+from .associative import AssociativeMemory, AssociativeMemoryConfig  # noqa: E402
 from .attach import attach, detach, disabled  # noqa: E402
 from .checkpoint import load, save  # noqa: E402
 from .config import ConfigError, MemoryConfig  # noqa: E402
@@ -33,6 +34,8 @@ from .stream import write  # noqa: E402
 from .tokens import MemoryTokens, MemoryTokensConfig  # noqa: E402
 
 __all__ = [
+    "AssociativeMemory",
+    "AssociativeMemoryConfig",
     "BankLocked",
     "ConfigError",
     "LoRABank",

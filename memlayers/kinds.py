@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import pydantic
 
+from .associative import AssociativeMemory, AssociativeMemoryConfig
 from .config import ConfigError, MemoryConfig, validate
 from .lora import LoRAMemories, LoRAMemoryConfig
 from .memory import Memory
@@ -16,6 +17,7 @@ from .tokens import MemoryTokens, MemoryTokensConfig
 
 KINDS: dict[str, tuple[type[MemoryConfig], type[Memory]]] = {
     "tokens": (MemoryTokensConfig, MemoryTokens),
+    "associative": (AssociativeMemoryConfig, AssociativeMemory),
     "neural": (NeuralMemoryConfig, NeuralMemories),
     "lora": (LoRAMemoryConfig, LoRAMemories),
     "product_key": (ProductKeyMemoryConfig, ProductKeyMemories),

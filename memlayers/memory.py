@@ -93,6 +93,10 @@ class Memory(nn.Module):
         """
         raise NotImplementedError(f"{type(self).__name__} is written by forward calls")
 
+    def write_inputs(self, state: Fields) -> torch.Tensor | None:
+        """Tokens (batch, n, hidden_size) to put behind a segment for writing; None where it takes none."""
+        return None
+
     def check_state(self, fields: Fields, name: str) -> None:
         """Raise ValueError when `fields` cannot be a state of this memory; names the memory and the field."""
         expected = self.new_state(1)
@@ -111,3 +115,11 @@ class Memory(nn.Module):
 
     def extra_repr(self) -> str:
         return ", ".join(f"{k}={v!r}" for k, v in self.config.model_dump().items() if k != "type")
+
+
+@torch.no_grad()
+def embedding_std(model: nn.Module) -> float:
+    """Standard deviation of a model's input embeddings: the size at which tokens of a memory enter it."""
+    embeddings = model.get_input_embeddings()
+    some = torch.arange(min(embeddings.num_embeddings, 1000), device=embeddings.weight.device)
+    return embeddings(some).float().std().item()

@@ -23,6 +23,8 @@ class Pass:
         mask: (batch, tokens) bool, False at padding.
         writes: whether what is read is written too, for memories that read in segments.
         window: where keys and values of the open window are kept, or None.
+        active: (batch,) bool, rows that have a token in this segment; the others keep their memory. None: all.
+        write_at: columns of the tokens with which a memory writes behind a segment, by memory.
         after: their fields after it; filled while it runs.
         reads: what a layer has read before it runs, by memory and layer.
     """
@@ -32,6 +34,8 @@ class Pass:
     mask: torch.Tensor
     writes: bool = True
     window: Cache | None = None
+    active: torch.Tensor | None = None
+    write_at: Mapping[str, slice] = field(default_factory=dict)
     after: dict[str, Fields] = field(default_factory=dict)
     reads: dict[tuple[str, str], torch.Tensor] = field(default_factory=dict)
 

@@ -159,14 +159,18 @@ def _one_segment(forward, segment, segment_mask, fields, request: Request, write
     inside, dtype = _in_layers(request.memories), segment.dtype
     memories = {name: memory for name, memory in request.memories.items() if name not in inside}
     reads = [memory.read(fields[name]) for name, memory in memories.items()]
-    writers = [memory.write_inputs(fields[name]) for name, memory in memories.items()] if writes else []
+    writers = _writers(request.memories, fields) if writes else {}
     sequence = torch.cat(
-        [*(tokens.to(dtype) for tokens, _ in reads), segment, *(w.to(dtype) for w in writers)], 1
+        [*(tokens.to(dtype) for tokens, _ in reads), segment, *(w.to(dtype) for w in writers.values())], 1
     )
     always = segment_mask.new_ones(len(segment), 1)
-    mask = torch.cat(
-        [*(used for _, used in reads), segment_mask, *(always.expand(-1, w.shape[1]) for w in writers)], 1
-    )
+    used = [used for _, used in reads]
+    mask = torch.cat([*used, segment_mask, *(always.expand(-1, w.shape[1]) for w in writers.values())], 1)
+    start = sum(tokens.shape[1] for tokens, _ in reads)
+    write_at, stop = {}, start + segment.shape[1]
+    for name, writer in writers.items():
+        write_at[name] = slice(stop, stop + writer.shape[1])
+        stop += writer.shape[1]
     _check_positions(sequence.shape[1], request)
 
     inverse = None
@@ -174,7 +178,9 @@ def _one_segment(forward, segment, segment_mask, fields, request: Request, write
         order = mask.int().argsort(dim=1, stable=True)
         inverse = order.argsort(dim=1)
         sequence, mask = _take(sequence, order), mask.gather(1, order)
-    run = Pass(inside, fields, mask, writes, window)
+    active = segment_mask.any(1)
+    # Behind the mask's holes come the real tokens in their order, so that the last columns are the writers' still.
+    run = Pass(inside, fields, mask, writes, window, active, write_at)
     if inside:
         kwargs["memory_pass"] = run
     with _outputs_of(request.layers, {memory.write_layer for memory in memories.values()}) as written_by:
@@ -191,19 +197,23 @@ def _one_segment(forward, segment, segment_mask, fields, request: Request, write
         shown = [_take(hidden, inverse) for hidden in shown]
         written_by = {layer: _take(hidden, inverse) for layer, hidden in written_by.items()}
 
-    start = sum(tokens.shape[1] for tokens, _ in reads)
-    stop = start + segment.shape[1]
-    active, new_fields = segment_mask.any(1), {**fields, **run.after}
-    for (name, memory), writer in zip(memories.items(), writers, strict=False):
-        written = written_by[memory.write_layer][:, stop : stop + writer.shape[1]]
-        new_fields[name] = memory.update(fields[name], written, active)
-        stop += writer.shape[1]
+    new_fields = {**fields, **run.after}
+    for name, memory in memories.items():
+        if writes:
+            written = written_by[memory.write_layer][:, write_at[name]]
+            new_fields[name] = memory.update(fields[name], written, active)
     return tuple(hidden[:, start : start + segment.shape[1]] for hidden in shown), new_fields, mask
 
 
 def _in_layers(memories: Mapping[str, Memory]) -> dict[str, Memory]:
     """Those that sit inside the layers; the others are tokens before and after a segment."""
     return {name: memory for name, memory in memories.items() if memory.in_layers}
+
+
+def _writers(memories: Mapping[str, Memory], fields: Mapping[str, Fields]) -> dict[str, torch.Tensor]:
+    """The tokens behind a segment, of those memories that write with some."""
+    found = {name: memory.write_inputs(fields[name]) for name, memory in memories.items()}
+    return {name: tokens for name, tokens in found.items() if tokens is not None}
 
 
 @contextlib.contextmanager

@@ -319,6 +319,23 @@ KINDS += [
 ]
 
 
+KINDS += [
+    Kind(
+        "associative",
+        {"past": ml.AssociativeMemoryConfig(n_tokens=2, segment_length=SEGMENT, key_dim=6, nu=2)},
+    ),
+    Kind(
+        "associative_plain",
+        {
+            "past": ml.AssociativeMemoryConfig(
+                n_tokens=1, segment_length=SEGMENT, key_dim=4, nu=1, layers=[0], correction=False
+            )
+        },
+        only=UNLIKE,
+    ),
+]
+
+
 def params(applies: Callable[[Kind], bool] = lambda kind: True, why: str = "") -> list:
     """The matrix as pytest parameters; a cell whose architecture is absent, or to whose kind the part of the
     contract does not apply, is collected as skipped with its reason."""

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from ..config import layer_index
-from ..memory import Fields, Memory
+from ..memory import Fields, Memory, embedding_std
 from .config import MemoryTokensConfig
 
 
@@ -43,11 +43,7 @@ class MemoryTokens(Memory):
 
     @classmethod
     def for_model(cls, config: MemoryTokensConfig, model: nn.Module) -> MemoryTokens:
-        embeddings = model.get_input_embeddings()
-        with torch.no_grad():
-            some = torch.arange(min(embeddings.num_embeddings, 1000), device=embeddings.weight.device)
-            std = embeddings(some).float().std().item()
-        memory = cls(config, embeddings.embedding_dim, std)
+        memory = cls(config, model.get_input_embeddings().embedding_dim, embedding_std(model))
         n_layers = model.config.get_text_config(decoder=True).num_hidden_layers
         memory.write_layer = layer_index(config.write_layer, n_layers, "write_layer")
         return memory

@@ -1,0 +1,39 @@
+"""The fields of an associative memory."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from ..config import MemoryConfig
+
+
+class AssociativeMemoryConfig(MemoryConfig):
+    """A matrix a layer, written by tokens behind each segment and read by all tokens of the next ones.
+
+    Attributes:
+        n_tokens: tokens behind a segment that write; learned embeddings, the same behind every segment.
+        segment_length: text tokens per segment, the reach of attention.
+        layers: decoder layers that have a matrix; negative counts from the end. None: all.
+        key_dim: width of keys and queries before their features.
+        nu: order of the features, DPFP-ν (2102.11174): 2 · nu · key_dim of them.
+        correction: count a key that is there already only as far as it is new, in what reading divides by.
+        bptt_segments: back-propagate through at most this many segments; None for all of a call.
+        write_while_decoding: also write the tokens that `generate` produces, a segment at a time.
+    """
+
+    type: Literal["associative"] = "associative"
+    n_tokens: int = Field(16, ge=1)
+    segment_length: int = Field(512, ge=1)
+    layers: list[int] | None = Field(None, min_length=1)
+    key_dim: int = Field(64, ge=1)
+    nu: int = Field(3, ge=1)
+    correction: bool = True
+    bptt_segments: int | None = Field(None, ge=1)
+    write_while_decoding: bool = False
+
+    @property
+    def n_features(self) -> int:
+        """Rows of the matrix."""
+        return 2 * self.nu * self.key_dim
