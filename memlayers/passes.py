@@ -24,7 +24,8 @@ class Pass:
         writes: whether what is read is written too, for memories that read in segments.
         window: where keys and values of the open window are kept, or None.
         active: (batch,) bool, rows that have a token in this segment; the others keep their memory. None: all.
-        write_at: columns of the tokens with which a memory writes behind a segment, by memory.
+        write_at: columns of the tokens with which a memory writes behind a segment, by memory; the last token of the
+            segment for those without.
         after: their fields after it; filled while it runs.
         reads: what a layer has read before it runs, by memory and layer.
     """

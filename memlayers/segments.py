@@ -167,7 +167,8 @@ def _one_segment(forward, segment, segment_mask, fields, request: Request, write
     used = [used for _, used in reads]
     mask = torch.cat([*used, segment_mask, *(always.expand(-1, w.shape[1]) for w in writers.values())], 1)
     start = sum(tokens.shape[1] for tokens, _ in reads)
-    write_at, stop = {}, start + segment.shape[1]
+    stop = start + segment.shape[1]
+    write_at = dict.fromkeys(request.memories, slice(stop - 1, stop))
     for name, writer in writers.items():
         write_at[name] = slice(stop, stop + writer.shape[1])
         stop += writer.shape[1]

@@ -131,7 +131,10 @@ class MemoryState:
                         f"{path} is a safetensors file but not a memory state (no format {FORMAT!r})"
                     )
                 names = json.loads(metadata["fields"])
-                return cls({n: {f: file.get_tensor(f"{n}.{f}") for f in part} for n, part in names.items()})
+                # A copy, because a tensor of the file starts anywhere, and products of such round in another way.
+                return cls(
+                    {n: {f: file.get_tensor(f"{n}.{f}").clone() for f in part} for n, part in names.items()}
+                )
         except SafetensorError as error:
             raise ValueError(
                 f"{path} is cut short or not a safetensors file ({error}); write the state again"

@@ -246,6 +246,7 @@ KINDS = [
         {"stream": _tokens_config(write_input="learned", projection="linear", write_layer=0)},
         only=UNLIKE,
     ),
+    Kind("prefix", {"stream": _tokens_config(mode="prefix", writer_dim=12)}),
     Kind(
         "two_memories",
         {

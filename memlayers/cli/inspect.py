@@ -87,9 +87,10 @@ def state_bytes(memory) -> tuple[int, int]:
     with torch.no_grad():
         start = memory.new_state(1)
         size = sum(t.nbytes for t in start.values())
-        if memory.segment_length is None or memory.in_layers:
+        inputs = memory.write_inputs(start)
+        if inputs is None or memory.in_layers:
             return size, 0
-        hidden = torch.zeros_like(memory.write_inputs(start))
+        hidden = torch.zeros_like(inputs)
         after = memory.update(start, hidden, torch.ones(1, dtype=torch.bool, device=hidden.device))
     return size, sum(t.nbytes for t in after.values()) - size
 

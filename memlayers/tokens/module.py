@@ -8,6 +8,7 @@ from torch import nn
 from ..config import layer_index
 from ..memory import Fields, Memory, embedding_std
 from .config import MemoryTokensConfig
+from .prefix import PrefixWriter
 
 
 class MemoryTokens(Memory):
@@ -15,7 +16,8 @@ class MemoryTokens(Memory):
 
     State, per row: `memory` (batch, slots, hidden_size) float32, right-aligned, and `length` (batch,) int64,
     the slots in use. Recurrent memory always has `n_tokens` slots; accumulated memory grows by `n_tokens`
-    with every segment, and rows that wrote less have unused slots on the left.
+    with every segment, and rows that wrote less have unused slots on the left. In prefix mode also `output` and `cell`
+    (batch, writer_dim) float32, of the recurrent network.
 
     Args:
         config: fields, see `MemoryTokensConfig`.
@@ -28,13 +30,16 @@ class MemoryTokens(Memory):
         super().__init__(config)
         self.hidden_size = hidden_size
         self.segment_length = config.segment_length
-        self.n_extra_tokens = 2 * config.n_tokens
         self.write_layer = config.write_layer
-        self.recurrent = config.mode == "recurrent"
+        self.replaces, self.by_prefix = config.mode != "accumulate", config.mode == "prefix"
+        self.n_extra_tokens = config.n_tokens * (1 if self.by_prefix else 2)
         shape = (config.n_tokens, hidden_size)
-        if self.recurrent:
+        if self.replaces:
             self.initial_memory = nn.Parameter(torch.randn(shape) * embedding_std)
-        if not self.recurrent or config.write_input == "learned":
+        if self.by_prefix:
+            width = config.writer_dim or hidden_size
+            self.writer = PrefixWriter(hidden_size, config.n_tokens, width, embedding_std)
+        elif not self.replaces or config.write_input == "learned":
             self.write_tokens = nn.Parameter(torch.randn(shape) * embedding_std)
         if config.projection != "none":
             self.norm = nn.RMSNorm(hidden_size, eps=1e-6)
@@ -50,12 +55,15 @@ class MemoryTokens(Memory):
 
     def new_state(self, batch_size: int) -> Fields:
         """Memory before anything was read: the learned initial memory, or no slots when accumulating."""
-        if self.recurrent:
+        if self.replaces:
             memory = self.initial_memory.float().expand(batch_size, -1, -1)
         else:
             memory = self.write_tokens.new_zeros(batch_size, 0, self.hidden_size, dtype=torch.float32)
         length = torch.full((batch_size,), memory.shape[1], dtype=torch.int64, device=memory.device)
-        return {"memory": memory, "length": length}
+        fields = {"memory": memory, "length": length}
+        if self.by_prefix:
+            fields["output"], fields["cell"] = self.writer.new_state(batch_size)
+        return fields
 
     def read(self, state: Fields) -> tuple[torch.Tensor, torch.Tensor]:
         """Tokens to put before a segment: (batch, slots, hidden_size) and which are in use (batch, slots)."""
@@ -63,8 +71,11 @@ class MemoryTokens(Memory):
         slot = torch.arange(memory.shape[1], device=memory.device)
         return memory, slot >= memory.shape[1] - length[:, None]
 
-    def write_inputs(self, state: Fields) -> torch.Tensor:
-        """Tokens to put after a segment; `update` takes what comes of them: (batch, n_tokens, hidden_size)."""
+    def write_inputs(self, state: Fields) -> torch.Tensor | None:
+        """Tokens to put after a segment; `update` takes what comes of them: (batch, n_tokens, hidden_size). None in
+        prefix mode, where it takes what comes of the segment's last token."""
+        if self.by_prefix:
+            return None
         if hasattr(self, "write_tokens"):
             return self.write_tokens.expand(state["memory"].shape[0], -1, -1)
         return state["memory"]
@@ -74,14 +85,20 @@ class MemoryTokens(Memory):
 
         Args:
             state: memory before it.
-            hidden: what `write_layer` gave out at the write tokens, (batch, n_tokens, hidden_size).
+            hidden: what `write_layer` gave out at the write tokens, (batch, n_tokens, hidden_size); or, without such,
+                at the last token of the segment, (batch, 1, hidden_size).
             active: rows (batch,) bool that had a segment; the others keep their memory.
         """
+        after, hidden = dict(state), hidden.float()
         with torch.autocast(hidden.device.type, enabled=False):
-            written = self._project(hidden.float())
+            if self.by_prefix:
+                hidden, output, cell = self.writer(hidden[:, 0], state["output"], state["cell"])
+                after["output"] = torch.where(active[:, None], output, state["output"])
+                after["cell"] = torch.where(active[:, None], cell, state["cell"])
+            written = self._project(hidden)
         memory, length = state["memory"], state["length"]
-        if self.recurrent:
-            return {"memory": torch.where(active[:, None, None], written, memory), "length": length}
+        if self.replaces:
+            return {**after, "memory": torch.where(active[:, None, None], written, memory)}
         grown = torch.cat([memory, written], dim=1)
         kept = torch.cat([torch.zeros_like(written), memory], dim=1)
         memory = torch.where(active[:, None, None], grown, kept)
@@ -97,7 +114,7 @@ class MemoryTokens(Memory):
     def check_state(self, fields: Fields, name: str) -> None:
         super().check_state(fields, name)
         slots, n_tokens = fields["memory"].shape[1], self.config.n_tokens
-        if slots != n_tokens if self.recurrent else slots % n_tokens:
+        if slots != n_tokens if self.replaces else slots % n_tokens:
             raise ValueError(
                 f"memory {name!r}: the state holds {slots} slots, which {n_tokens} tokens in mode "
                 f"{self.config.mode!r} cannot have written; it was written by another memory"

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from memlayers import MemoryTokens, MemoryTokensConfig
+from memlayers import ConfigError, MemoryTokens, MemoryTokensConfig
 
 WIDTH, N_TOKENS, ROWS = 16, 3, 2
 
@@ -30,6 +30,37 @@ def test_recurrent_memory_is_replaced_and_accumulated_memory_grows():
     tokens, used = accumulating.read(twice)
     assert torch.equal(tokens[0], torch.cat([hidden[0], hidden[0] + 1]))
     assert torch.equal(tokens[1][used[1]], hidden[1] + 1) and used.sum(1).tolist() == [2 * N_TOKENS, N_TOKENS]
+
+
+def test_a_prefix_is_made_by_an_lstm():
+    """Against torch's own LSTM over the last hidden states of three segments; a row that had none keeps all."""
+    memory, steps = (
+        module(mode="prefix", projection="none", writer_dim=5).double(),
+        torch.randn(3, ROWS, 1, WIDTH),
+    )
+    writer, state = memory.writer, memory.new_state(ROWS)
+    assert memory.write_inputs(state) is None and memory.n_extra_tokens == N_TOKENS
+    assert torch.equal(state["memory"][0], memory.initial_memory.float())
+    torch.nn.init.normal_(writer.norm.weight, mean=1.0)
+    lstm = torch.nn.LSTM(5, 5)
+    for name, parameter in writer.lstm.named_parameters():
+        getattr(lstm, f"{name}_l0").data.copy_(parameter)
+    normed = torch.nn.functional.rms_norm(steps[:, :, 0], (WIDTH,), writer.norm.weight.float(), 1e-6)
+    outputs, _ = lstm(torch.nn.functional.gelu(writer.mlp.float()(normed)))
+    prefixes = writer.out.float()(outputs).view(3, ROWS, N_TOKENS, WIDTH)
+    for step, hidden in enumerate(steps):
+        state = memory.update(state, hidden, torch.tensor([True, step == 0]))
+        torch.testing.assert_close(state["memory"][0], prefixes[step, 0])  # float32 throughout
+        torch.testing.assert_close(state["memory"][1], prefixes[0, 1])
+
+
+def test_fields_that_do_not_go_together():
+    for fields, told in [
+        ({"writer_dim": 4}, "writer_dim: mode 'recurrent' has no recurrent network"),
+        ({"mode": "prefix", "write_input": "learned"}, "write_input: mode 'prefix' has no tokens that write"),
+    ]:
+        with pytest.raises(ConfigError, match=told):
+            MemoryTokensConfig(**fields)
 
 
 @pytest.mark.parametrize("scale", [0.01, 1.0, 100.0])
