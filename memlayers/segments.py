@@ -22,6 +22,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttenti
 
 from .memory import Fields, Memory
 from .passes import Pass
+from .segment_plan import Plan, take
 from .state import PENDING, MemoryCache, MemoryState
 
 
@@ -119,7 +120,7 @@ def _run_segments(forward, embeds, mask, state: MemoryState, cache: MemoryCache,
     source = torch.cat([pending["embeds"].to(embeds.dtype), embeds], dim=1)
     source_mask = torch.cat([_used(pending), mask], dim=1)
     size = request.segment_length if request.write or request.close else source.shape[1]
-    plan = _Plan.of(source_mask, size)
+    plan = Plan.of(source_mask, size)
     tokens, filled = plan.arrange(source, source_mask)
 
     fields = {name: state[name] for name in request.memories}
@@ -178,7 +179,7 @@ def _one_segment(forward, segment, segment_mask, fields, request: Request, write
     if not mask.all():
         order = mask.int().argsort(dim=1, stable=True)
         inverse = order.argsort(dim=1)
-        sequence, mask = _take(sequence, order), mask.gather(1, order)
+        sequence, mask = take(sequence, order), mask.gather(1, order)
     active = segment_mask.any(1)
     # Behind the mask's holes come the real tokens in their order, so that the last columns are the writers' still.
     run = Pass(inside, fields, mask, writes, window, active, write_at)
@@ -195,8 +196,8 @@ def _one_segment(forward, segment, segment_mask, fields, request: Request, write
         )
     shown = [output.last_hidden_state, *(output.hidden_states or ())]
     if inverse is not None:
-        shown = [_take(hidden, inverse) for hidden in shown]
-        written_by = {layer: _take(hidden, inverse) for layer, hidden in written_by.items()}
+        shown = [take(hidden, inverse) for hidden in shown]
+        written_by = {layer: take(hidden, inverse) for layer, hidden in written_by.items()}
 
     new_fields = {**fields, **run.after}
     for name, memory in memories.items():
@@ -236,50 +237,6 @@ def _outputs_of(layers: nn.ModuleList, chosen: set[int]) -> Iterator[dict[int, t
             handle.remove()
 
 
-@dataclass
-class _Plan:
-    """Where each token of a batch runs: `n_segments` columns blocks, the last one right-aligned.
-
-    Attributes:
-        n_segments: of the longest row; shorter rows start later.
-        columns: (batch, tokens) column of each token; padding goes to one column past the end.
-        width: columns in all.
-        last_length: (batch,) tokens in each row's last segment.
-    """
-
-    n_segments: int
-    columns: torch.Tensor
-    width: int
-    last_length: torch.Tensor
-
-    @classmethod
-    def of(cls, mask: torch.Tensor, size: int) -> _Plan:
-        length = mask.sum(1)
-        full = (length - 1).clamp(min=0) // size
-        last_length = length - full * size
-        n_full, last_width = int(full.max()), int(last_length.max())
-        packed = mask.cumsum(1) - 1
-        in_full = packed < (full * size)[:, None]
-        early = packed + ((n_full - full) * size)[:, None]
-        late = packed + (n_full * size + last_width - length)[:, None]
-        width = n_full * size + last_width
-        columns = torch.where(mask, torch.where(in_full, early, late), width)
-        return cls(n_full + 1, columns, width, last_length)
-
-    def arrange(self, source: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Tokens in their columns (batch, width, hidden_size), zero where none stands, and where some do."""
-        rows, _, hidden_size = source.shape
-        index = self.columns[..., None].expand(-1, -1, hidden_size)
-        tokens = source.new_zeros(rows, self.width + 1, hidden_size).scatter(1, index, source)
-        filled = mask.new_zeros(rows, self.width + 1).scatter(1, self.columns, mask)
-        return tokens[:, :-1], filled[:, :-1]
-
-    def restore(self, hidden: torch.Tensor, n_tokens: int) -> torch.Tensor:
-        """Hidden states of the last `n_tokens` tokens in their places, zero at padding."""
-        hidden = torch.cat([hidden, torch.zeros_like(hidden[:, :1])], dim=1)
-        return _take(hidden, self.columns[:, -n_tokens:])
-
-
 def _output(hidden, cache, hidden_states) -> BaseModelOutputWithPastAndCrossAttentions:
     """GPT-2 asks its decoder's output for `cross_attentions`; no other model minds that field."""
     return BaseModelOutputWithPastAndCrossAttentions(
@@ -301,7 +258,7 @@ def _append(pending: Fields, embeds: torch.Tensor, mask: torch.Tensor) -> Fields
     tokens = torch.cat([pending["embeds"].to(embeds.dtype), embeds], dim=1)
     used = torch.cat([_used(pending), mask], dim=1)
     if not mask.all():
-        tokens = _take(tokens, used.int().argsort(dim=1, stable=True))
+        tokens = take(tokens, used.int().argsort(dim=1, stable=True))
     return {"embeds": tokens, "length": used.sum(1)}
 
 
@@ -310,10 +267,6 @@ def _used(pending: Fields) -> torch.Tensor:
     width = pending["embeds"].shape[1]
     column = torch.arange(width, device=pending["length"].device)
     return column >= width - pending["length"][:, None]
-
-
-def _take(tensor: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    return tensor.gather(1, index[..., None].expand(-1, -1, tensor.shape[-1]))
 
 
 def _positions(mask: torch.Tensor) -> torch.Tensor:

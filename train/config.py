@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, PlainValidator, model_validator
+from pydantic import Field, PlainSerializer, PlainValidator, model_validator
 
 from memlayers.config import ConfigError, Strict, validate
 from memlayers.kinds import AnyMemoryConfig
@@ -118,6 +118,10 @@ def _stages(value: Any) -> list[int] | SegmentRange:
     raise ValueError("needs a list of whole numbers, or start and stop")
 
 
+def _plain(stages: list[int] | SegmentRange) -> list[int] | dict:
+    return stages.model_dump() if isinstance(stages, SegmentRange) else stages
+
+
 class CurriculumSection(Strict):
     """Number of segments of an item, raised when accuracy allows it.
 
@@ -131,7 +135,7 @@ class CurriculumSection(Strict):
         current_share: share of the batches that get the current stage's number when varied.
     """
 
-    segments: Annotated[list[int] | SegmentRange, PlainValidator(_stages)]
+    segments: Annotated[list[int] | SegmentRange, PlainValidator(_stages), PlainSerializer(_plain)]
     threshold: float = Field(0.9, gt=0, le=1)
     window: int = Field(20, ge=1)
     varied: bool = True

@@ -11,7 +11,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration
 
 from memlayers.checkpoint import save_base_model
-from memlayers.config import ConfigError
+from memlayers.config import ConfigError, validate
 from memlayers.tasks import MqarTask
 
 from .config import TrainConfig
@@ -81,7 +81,7 @@ def prepare_output(config: TrainConfig, resume: bool, accelerator: Accelerator) 
         )
     if resume and present:
         found = present[-1]
-        compare_configs(saved_config(found), config.model_dump(mode="json"), found)
+        compare_configs(with_defaults(saved_config(found)), config.model_dump(mode="json"), found)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         if found is None:
@@ -110,6 +110,14 @@ def keep_start(model, tokenizer, folder: Path, accelerator: Accelerator) -> None
         tokenizer.save_pretrained(folder)
     accelerator.wait_for_everyone()
     model.config._name_or_path = str(folder)
+
+
+def with_defaults(saved: dict) -> dict:
+    """A saved config in which fields that are younger than it have their defaults, which is how its run went."""
+    try:
+        return validate(TrainConfig, saved).model_dump(mode="json")
+    except ConfigError:
+        return saved
 
 
 def compare_configs(saved: dict, now: dict, checkpoint: Path) -> None:

@@ -18,19 +18,17 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
-
 from ..config import ConfigError
 from ..model import bare, max_positions
 from . import recipes
 from . import shard as files_of
 from .bank_config import LoRABankConfig
+from .making import make_shard
 from .reader import BankReader, known_shard, lora_memory, shape_of
 from .recipes import Recipe
 from .router import Encoder
-from .shard import ShardManifest, sha256
-from .store import FORMAT, BankIndex, Files, ShardEntry, Store, check_name, folder_of
-from .training import train_shard
+from .shard import ShardManifest
+from .store import FORMAT, BankIndex, ShardEntry, Store, check_name, folder_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -258,7 +256,16 @@ class LoRABank(BankReader):
         shards = {name: entry for name, entry in index.shards.items() if name not in gone}
         made, folders = [], {}
         for recipe in new:
-            manifest, files = self._made(recipe, index, progress)
+            manifest, files = make_shard(
+                self.model,
+                self.memory,
+                self.tokenizer,
+                recipe,
+                self._router,
+                index.base,
+                self.config,
+                progress=progress,
+            )
             folder = folder_of(recipe.name, files)
             shards[recipe.name] = ShardEntry(folder=folder, group=recipe.group)
             folders[folder] = files
@@ -267,36 +274,6 @@ class LoRABank(BankReader):
         self._store.commit(after, folders)
         self._library.drop_old(after)
         return made
-
-    def _made(self, recipe: Recipe, index: BankIndex, progress: bool) -> tuple[ShardManifest, Files]:
-        """Train a shard; its manifest and all its files. Nothing is written."""
-        owner, texts = lora_memory(self.model, self.memory), recipe.texts
-        fields = train_shard(
-            self.model, self.memory, self.tokenizer, texts, recipe.name, self.config, progress=progress
-        )
-        vectors = torch.cat([self._router.document(texts[document]) for document in sorted(texts)])
-        files = {
-            files_of.ADAPTER: files_of.adapter_bytes(fields, self._targets),
-            files_of.ADAPTER_CONFIG: files_of.adapter_config_bytes(self.model, owner, self._targets),
-            files_of.DOCUMENTS: files_of.documents_bytes(texts),
-            files_of.ROUTER: files_of.router_bytes(vectors),
-        }
-        manifest = ShardManifest(
-            name=recipe.name,
-            group=recipe.group,
-            documents={document: sha256(texts[document]) for document in sorted(texts)},
-            created=recipe.created,
-            version=recipe.version,
-            updated={document: recipe.updated[document] for document in sorted(recipe.updated)},
-            parent=recipe.parent,
-            training=self.config,
-            seed=self.config.seed,
-            base=index.base,
-            adapter=sha256(files[files_of.ADAPTER]),
-            router=sha256(files[files_of.ROUTER]),
-            **shape_of(self.model, owner),
-        )
-        return manifest, {**files, files_of.MANIFEST: files_of.manifest_bytes(manifest)}
 
 
 def _check_lengths(model, config: LoRABankConfig) -> None:

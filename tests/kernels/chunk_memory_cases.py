@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+import pytest
 import torch
 
 from memlayers.kernels.chunk_memory import ChunkState, chunk_memory
@@ -52,6 +53,19 @@ LAYOUTS = {
     "ragged within a chunk": Layout(4, 8, 7, ((0, 3), (2, 4), (0, 0), (1, 3))),
     "ragged, chunks of one": Layout(4, 1, 1, ((0, 4), (0, 2), (0, 0))),
 }
+
+ROUNDING = 1e-12  # float64: sums of some dozen terms of about 1, taken in another order; the bar is 1e-10
+PATHS = ["reference", "cpu"]
+all_rules = pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
+
+
+@pytest.fixture(autouse=True)
+def poisoned():
+    """torch.empty is filled with NaN, so what a path forgets to write is seen."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
 
 
 def make(rule, layout, heads=2, d=3, d_v=4, hidden=5, dtype=torch.float64, size=1.0, seed=0):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from matrix import ARCHITECTURES, CHECKPOINT
@@ -69,3 +70,8 @@ def shard_files(bank: ml.LoRABank, name: str) -> dict[str, Path]:
     """The files of a shard by name."""
     (folder,) = (bank.path / "shards").glob(f"{name}-{'[0-9a-f]' * 16}")
     return {path.name: path for path in folder.iterdir()}
+
+
+def rewrite(path: Path, **fields) -> None:
+    """Change fields of a JSON file."""
+    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))

@@ -3,7 +3,7 @@
 import pytest
 from matrix import ARCHITECTURES
 
-from tests.lora.bank_cases import Makes, attached, tokenizer_of
+from tests.lora.bank_cases import CONFIG, Makes, attached, files, some, tokenizer_of
 
 
 def _params():
@@ -23,3 +23,20 @@ def everywhere(request, tokenizer, tmp_path) -> Makes:
 def makes(tokenizer, tmp_path) -> Makes:
     """Banks of a tiny llama."""
     return Makes(attached("llama"), tokenizer, tmp_path)
+
+
+@pytest.fixture
+def bank(makes):
+    """Of two shards that were not trained: steps 0."""
+    bank = makes.new(config=CONFIG.model_copy(update={"steps": 0}))
+    bank.add(some("handbook", "menu"), "red", "rules")
+    bank.add(some("visit"), "blue", "calls")
+    return bank
+
+
+@pytest.fixture
+def unchanged(bank):
+    """The bank; after the test its folder is as it was before."""
+    before = files(bank.path)
+    yield bank
+    assert files(bank.path) == before

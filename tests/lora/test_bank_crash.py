@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import memlayers as ml
-from memlayers.lora import bank as bank_module
+from memlayers.lora import making
 from memlayers.lora import store as store_module
 from tests.lora.bank_cases import files, some
 
@@ -35,7 +35,7 @@ def encoder(texts):
 @pytest.fixture
 def banks(makes, monkeypatch):
     """Makes copies of one bank, and trains each shard once only: what is tested here is files."""
-    train, known = bank_module.train_shard, {}
+    train, known = making.train_shard, {}
 
     def once(model, memory, tokenizer, documents, name, config, **options):
         key = (name, tuple(sorted(documents.items())))
@@ -43,7 +43,7 @@ def banks(makes, monkeypatch):
             known[key] = train(model, memory, tokenizer, documents, name, config, **options)
         return known[key]
 
-    monkeypatch.setattr(bank_module, "train_shard", once)
+    monkeypatch.setattr(making, "train_shard", once)
     bank = makes.new("start", encoder=encoder)
     bank.add(some("handbook", "secret"), "red", "a")
     bank.add(some("menu"), "red", "b")

@@ -1,63 +1,14 @@
-"""`NeuralMemory` on its own: tokens written once wherever calls and pads fall, its state, its start, its errors."""
-
-import itertools
+"""`NeuralMemory` on its own: tokens written once wherever calls and pads fall, its state, precision, gradients."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from memlayers.config import ConfigError
-from memlayers.neural import RULES, NeuralMemory, NeuralMemoryConfig
+from memlayers.neural import NeuralMemory, NeuralMemoryConfig
 from memlayers.neural.streams import streams
 from memlayers.state import MemoryState
-
-HIDDEN, CHUNK = 8, 4
-CASES = [
-    {"rule": "titans"},
-    {"rule": "titans", "depth": 2, "expansion": 2},
-    {"rule": "titans", "momentum": False},
-    {"rule": "titans", "decay": False, "conv_kernel": 1, "n_persistent_tokens": 3},
-    {"rule": "ttt", "initial_memory": "zero"},
-    {"rule": "ttt", "depth": 2, "initial_memory": "zero"},
-    {"rule": "delta", "heads": 1, "head_dim": 6},
-    {"rule": "atlas", "window": 3},
-    {"rule": "atlas", "depth": 2, "expansion": 1, "window": 6},
-    {"rule": "decay", "gate": False},
-]
-
-
-def memory(dtype=torch.float64, seed=0, **fields):
-    """A memory none of whose parameters is at a neutral value."""
-    torch.manual_seed(seed)
-    config = NeuralMemoryConfig(**{"heads": 2, "chunk_size": CHUNK, **fields})
-    module = NeuralMemory(config, HIDDEN).to(dtype)
-    with torch.no_grad():
-        for parameter in module.parameters():
-            parameter.add_(0.2 * torch.randn_like(parameter))
-    return module
-
-
-def tokens(*shape, dtype=torch.float64, seed=1):
-    return torch.randn(*shape, HIDDEN, dtype=dtype, generator=torch.Generator().manual_seed(seed))
-
-
-def assert_same(a, b, **tolerance):
-    """Two outputs, or two states field by field."""
-    if isinstance(a, dict):
-        assert set(a) == set(b)
-        for name in a:
-            assert_same(a[name], b[name], msg=lambda text, n=name: f"{n}: {text}")
-    else:
-        torch.testing.assert_close(a, b, **{"rtol": 1e-10, "atol": 1e-11, **tolerance})
-
-
-def rows(state, index):
-    return {name: field[index] for name, field in state.items()}
-
-
-def cat(*states):
-    return {name: torch.cat([state[name] for state in states]) for name in states[0]}
+from tests.neural.neural_cases import CASES, CHUNK, HIDDEN, assert_same, cat, memory, rows, tokens
 
 
 @pytest.mark.parametrize("fields", CASES, ids=str)
@@ -265,74 +216,6 @@ def test_an_optimizer_step_and_a_state_dict_with_several_heads(fields):
     assert torch.equal(other(x)[0], module(x)[0])
 
 
-def test_persistent_tokens_are_written_before_the_text():
-    module = memory(n_persistent_tokens=6)
-    plain = memory()
-    plain.load_state_dict({n: t for n, t in module.state_dict().items() if n != "persistent"})
-    start = module.new_state(2)
-    assert_same(start, plain(module.persistent.expand(2, -1, -1))[1])
-    assert start["position"].tolist() == [2, 2]
-    assert (start["weights.0"] - plain.new_state(2)["weights.0"]).abs().max() > 1e-3
-    in_attention = memory(n_persistent_tokens=6, placement="mac", segment_length=4)
-    assert in_attention.persistent is None and not in_attention.new_state(1)["position"].any()
-
-
-def test_initial_memory():
-    learned = memory()
-    assert_same(learned.new_state(3)["weights.0"], learned.initial[0].expand(3, -1, -1, -1))
-    zero = memory(initial_memory="zero")
-    assert not len(zero.initial) and not zero.new_state(1)["weights.0"].any()
-    assert not zero.read(tokens(1, 2), zero.new_state(1)).any(), "an empty memory says nothing"
-    deep = memory(initial_memory="zero", depth=2)
-    state = deep.new_state(1)
-    assert len(deep.initial) == 1 and state["weights.0"].any() and not state["weights.1"].any()
-
-
-def test_mimetic_start():
-    torch.manual_seed(0)
-    module = NeuralMemory(NeuralMemoryConfig(mimetic=True, heads=2), HIDDEN)
-    q, k, v = module.qkv_proj.weight.chunk(3)
-    assert torch.equal(q, k) and not torch.equal(q, v)
-    q, k, v = module.conv.chunk(3, dim=1)
-    assert torch.equal(q, k) and not torch.equal(q, v)
-    x = tokens(1, 6, dtype=torch.float32)
-    queries, keys, _, _ = module._streams(x, module.new_state(1), None)
-    assert_same(queries, keys, rtol=1e-5, atol=1e-6)
-    assert module._gates(x)[2].max() < 1e-3
-
-
-def test_gates_start_where_the_config_says():
-    torch.manual_seed(0)
-    x = tokens(2, 50, dtype=torch.float32)
-    module = NeuralMemory(
-        NeuralMemoryConfig(theta_max=0.5, theta_bias=0.0, eta_bias=1.0, alpha_bias=-3.0), HIDDEN
-    )
-    for gate, expected in zip(module._gates(x), (0.25 * (1 - 0.731), 0.731, 0.0474)):
-        assert gate.shape == (2, 4, 50) and abs(gate.mean() - expected) < 0.02 and gate.std() > 0
-    alpha = NeuralMemory(NeuralMemoryConfig(rule="decay"), HIDDEN)._gates(x)[2]
-    assert (alpha == alpha[:1, :, :1]).all() and alpha[0, :, 0].diff().min() > 0, "a constant a head, spread"
-
-
-@pytest.mark.parametrize("text", ["one token", "bursts", "random"])
-@pytest.mark.parametrize("fields", [*CASES, {"rule": "atlas", "window": 3, "momentum": False}], ids=str)
-def test_no_text_makes_it_run_away_however_the_gates_stand(fields, text):
-    """Gates anywhere between their ends, changing with every token, and no forgetting; bursts are as long as chunks."""
-    module = memory(torch.float32, **fields)
-    x = {
-        "one token": tokens(1, 1, dtype=torch.float32).expand(1, 512, -1),
-        "bursts": tokens(1, 512 // CHUNK, dtype=torch.float32).repeat_interleave(CHUNK, 1),
-        "random": tokens(1, 512, dtype=torch.float32),
-    }[text]
-    with torch.no_grad():
-        for gates in ("open", "wild"):
-            module.gates.weight.copy_(torch.randn_like(module.gates.weight) * (1 if gates == "wild" else 0))
-            for name, bias in zip(module.gate_names, module.gates.bias.view(-1, module.config.heads)):
-                bias.fill_({"theta": 20.0, "eta": 2.0, "alpha": -20.0}[name] if gates == "open" else 0.0)
-            y, state = module(x)
-            assert torch.isfinite(y).all()
-            assert state["weights.0"].norm() < 100
-
-
 @pytest.mark.parametrize("fields", CASES, ids=str)
 def test_low_precision_keeps_a_float32_state(fields):
     module, x = memory(torch.float32, **fields), tokens(2, 11, dtype=torch.float32)
@@ -378,96 +261,3 @@ def test_checkpointing_gives_the_same_gradients(fields, reentrant):
         gradients.append([tensor.grad for tensor in inputs])
     for a, b in zip(*gradients):
         assert_same(a, b)
-
-
-def test_nan_names_the_row_and_nothing_is_computed(monkeypatch):
-    module, x = memory(), tokens(3, 5)
-    state = module.new_state(3)
-    good, _ = module(x, state)
-    bad = x.clone()
-    bad[1, 2, 0], bad[2, 4, 1] = torch.nan, torch.inf
-    with monkeypatch.context() as patch:
-        patch.setattr(module.qkv_proj, "forward", lambda *_: pytest.fail("computed"))
-        for call in (lambda: module(bad, state), lambda: module.read(bad, state)):
-            with pytest.raises(ValueError, match=r"row 1 holds NaN .*token 2\), row 2 holds NaN .*token 4"):
-                call()
-    mask = torch.ones(3, 5, dtype=torch.bool)
-    mask[1:] = False
-    assert_same(module(bad, state, mask)[0][0], good[0])  # at pads it is nobody's business
-
-
-@pytest.mark.parametrize(
-    ("x", "mask", "message"),
-    [
-        (torch.zeros(2, 0, HIDDEN), None, r"x has no tokens \(T = 0\)"),
-        (torch.zeros(2, HIDDEN), None, r"x has shape \(2, 8\), this memory takes \(batch, T, 8\)"),
-        (torch.zeros(2, 3, 5), None, r"x has shape \(2, 3, 5\)"),
-        (torch.zeros(2, 3, HIDDEN), torch.ones(2, 3), "mask is a torch.float32 tensor"),
-        (torch.zeros(2, 3, HIDDEN), torch.ones(2, 4, dtype=torch.bool), r"mask .* shape \(2, 4\)"),
-    ],
-)
-def test_wrong_input_is_named(x, mask, message):
-    with pytest.raises(ValueError, match=message):
-        memory(torch.float32)(x, None, mask)
-
-
-def test_no_rows_and_nothing_but_pads():
-    module = memory(torch.float32)
-    assert module(torch.zeros(0, 3, HIDDEN))[0].shape == (0, 3, HIDDEN)
-    state = module(tokens(2, 5, dtype=torch.float32))[1]
-    y, end = module(torch.zeros(2, 3, HIDDEN), state, torch.zeros(2, 3, dtype=torch.bool))
-    assert not y.any() and all(torch.equal(end[name], state[name]) for name in state)
-
-
-@pytest.mark.parametrize(("one", "other"), itertools.permutations(RULES, 2))
-def test_a_state_of_another_rule_is_refused(one, other):
-    state = memory(torch.float32, rule=one, window=None).new_state(2)
-    with pytest.raises(ValueError, match=f"'facts'.*'rule' of the state says '{one}', .* rule '{other}'"):
-        memory(torch.float32, rule=other).check_state(state, "facts")
-
-
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        ({"depth": 2}, r"lacks nothing and has \['anchor.1', 'momentum.1', 'weights.1'\] too much"),
-        ({"momentum": False}, r"lacks \['momentum.0'\]"),
-        ({"conv_kernel": 1}, r"lacks \['conv'\]"),
-        ({"conv_kernel": 3}, r"field 'conv' .* shape \(1, 2, 24\), .* floats of shape \(1, 3, 24\)"),
-        ({"heads": 4}, r"field 'weights.0' .* \(1, 4, 2, 2\), .* \(1, 2, 4, 4\)"),
-        (
-            {"chunk_size": 9},
-            r"field 'position' of the state is \[7\], the chunks of this memory have 4 tokens",
-        ),
-    ],
-)
-def test_a_state_of_another_shape_is_refused(fields, message):
-    state = memory(torch.float32, **fields)(tokens(1, 7, dtype=torch.float32))[1]
-    module = memory(torch.float32)
-    for call in (
-        lambda: module.check_state(state, "facts"),
-        lambda: module(tokens(1, 2, dtype=torch.float32), state),
-        lambda: module.read(tokens(1, 2, dtype=torch.float32), state),
-    ):
-        with pytest.raises(ValueError, match=message):
-            call()
-
-
-def test_a_broken_state_is_refused():
-    module = memory(torch.float32)
-    state = module.new_state(2)
-    for field, value in (("position", state["position"].float()), ("weights.0", state["weights.0"].long())):
-        with pytest.raises(ValueError, match=f"field '{field}'"):
-            module.check_state({**state, field: value}, "facts")
-    with pytest.raises(ValueError, match=r"field 'momentum\.0'"):
-        module.check_state({**state, "momentum.0": state["momentum.0"][:1]}, "facts")
-    with pytest.raises(ValueError, match="the state has 2 rows, x has 3"):
-        module(tokens(3, 2, dtype=torch.float32), state)
-
-
-def test_heads_that_do_not_divide_the_width():
-    with pytest.raises(
-        ConfigError, match="heads: 3 do not divide the width 8; take other heads or give head_dim"
-    ):
-        NeuralMemory(NeuralMemoryConfig(heads=3), HIDDEN)
-    module = NeuralMemory(NeuralMemoryConfig(heads=3, head_dim=5), HIDDEN)
-    assert module(torch.randn(1, 4, HIDDEN))[0].shape == (1, 4, HIDDEN)

@@ -203,6 +203,17 @@ def test_resume_and_overwrite(config, capsys):
         train(run, resume=True)
 
 
+def test_a_field_that_is_younger_than_the_checkpoint_has_its_default(config):
+    run = config(checkpoint_every=2, max_steps=2)
+    train(run)
+    (state,) = Path(run.output_dir).glob("checkpoints/*/state.json")
+    data = json.loads(state.read_text())
+    del data["config"]["optimizer"]["weight_decay"], data["config"]["background"]
+    state.write_text(json.dumps(data))
+    train(config(checkpoint_every=2, max_steps=4), resume=True)
+    assert len((Path(run.output_dir) / "log.jsonl").read_text().splitlines()) == 4
+
+
 def test_a_damaged_checkpoint_is_passed_over(config, capsys):
     run = config(checkpoint_every=2, keep_checkpoints=3)
     train(run)
