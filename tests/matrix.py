@@ -329,7 +329,7 @@ KINDS += [
         "associative_plain",
         {
             "past": ml.AssociativeMemoryConfig(
-                n_tokens=1, segment_length=SEGMENT, key_dim=4, nu=1, layers=[0], correction=False
+                n_tokens=3, segment_length=SEGMENT, key_dim=8, nu=3, layers=[0], correction=False
             )
         },
         only=UNLIKE,

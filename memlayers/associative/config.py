@@ -16,7 +16,8 @@ class AssociativeMemoryConfig(MemoryConfig):
         n_tokens: tokens behind a segment that write; learned embeddings, the same behind every segment.
         segment_length: text tokens per segment, the reach of attention.
         layers: decoder layers that have a matrix; negative counts from the end. None: all.
-        key_dim: width of keys and queries before their features.
+        key_dim: width of keys and queries before their features. What is read is a mean over the keys that a query
+            touches at all, so that few features make it jump.
         nu: order of the features, DPFP-ν (2102.11174): 2 · nu · key_dim of them.
         correction: count a key that is there already only as far as it is new, in what reading divides by.
         bptt_segments: back-propagate through at most this many segments; None for all of a call.
