@@ -54,11 +54,8 @@ class TaskTokens(Memory):
 
     @classmethod
     def for_model(cls, config: TaskTokensConfig, model: nn.Module) -> TaskTokens:
-        embedding, head, kind = (
-            model.get_input_embeddings(),
-            model.get_output_embeddings(),
-            type(model).__name__,
-        )
+        embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+        kind = type(model).__name__
         if present := list(task_tokens(model)):
             raise ConfigError(
                 f"names: this model has task tokens, memory {present[0]!r}; add these to it with its method add"
@@ -213,7 +210,7 @@ class TaskTokens(Memory):
 
     def check_ids(self, ids: torch.Tensor) -> None:
         """Raise ValueError where `ids` (...) int64 has one of a free place or one past the last."""
-        known = torch.tensor([self.id_of(name) for name in self.names], device=ids.device)
+        known = torch.tensor([self.first_id + int(place) for place in self.rows.input], device=ids.device)
         stray = ids[(ids >= self.first_id) & ~torch.isin(ids, known)]
         if stray.numel():
             present = {name: self.id_of(name) for name in self.names}
