@@ -31,6 +31,7 @@ from .optim import RowSparseAdamW  # noqa: E402
 from .product_key import ProductKeyMemories, ProductKeyMemory, ProductKeyMemoryConfig  # noqa: E402
 from .state import MemoryCache, MemoryState  # noqa: E402
 from .stream import write  # noqa: E402
+from .task_tokens import TaskTokens, TaskTokensConfig  # noqa: E402
 from .tokens import MemoryTokens, MemoryTokensConfig  # noqa: E402
 
 __all__ = [
@@ -55,6 +56,8 @@ __all__ = [
     "ProductKeyMemory",
     "ProductKeyMemoryConfig",
     "RowSparseAdamW",
+    "TaskTokens",
+    "TaskTokensConfig",
     "attach",
     "detach",
     "disabled",

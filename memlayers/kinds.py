@@ -13,6 +13,7 @@ from .lora import LoRAMemories, LoRAMemoryConfig
 from .memory import Memory
 from .neural import NeuralMemories, NeuralMemoryConfig
 from .product_key import ProductKeyMemories, ProductKeyMemoryConfig
+from .task_tokens import TaskTokens, TaskTokensConfig
 from .tokens import MemoryTokens, MemoryTokensConfig
 
 KINDS: dict[str, tuple[type[MemoryConfig], type[Memory]]] = {
@@ -21,6 +22,7 @@ KINDS: dict[str, tuple[type[MemoryConfig], type[Memory]]] = {
     "neural": (NeuralMemoryConfig, NeuralMemories),
     "lora": (LoRAMemoryConfig, LoRAMemories),
     "product_key": (ProductKeyMemoryConfig, ProductKeyMemories),
+    "task_tokens": (TaskTokensConfig, TaskTokens),
 }
 
 

@@ -50,6 +50,7 @@ class Kind:
         chooses: reads what scores best, a step where rounding may tip the scale.
         replaces: takes the place of an MLP, whose parameters get no gradient then.
         by_gradient: `ml.write` takes gradient steps; a forward call only reads.
+        n_new_tokens: ids that it adds behind the base's, with logits of their own; the base's logits do not move.
         only: the architectures it is run on, where the others would show nothing new; (): all.
     """
 
@@ -63,6 +64,7 @@ class Kind:
     replaces: bool = False
     chooses: bool = False
     by_gradient: bool = False
+    n_new_tokens: int = 0
     only: tuple[str, ...] = ()
 
     @property
@@ -95,6 +97,12 @@ class Case:
     def model(self, kind: Kind | None = None, **attach) -> PreTrainedModel:
         """The model with its memories, whose parameters are shaken so that none is at a neutral value."""
         return wrap(self.base(), kind or self.kind, **attach)
+
+    def tokens(self, rows: int, length: int, seed: int = 0) -> torch.Tensor:
+        """`tokens`, and among them, in their order, the ids that the kind adds."""
+        ids, new = tokens(rows, length, seed), torch.arange(VOCAB, VOCAB + self.kind.n_new_tokens)
+        ids[:, 1 : 1 + len(new)] = new
+        return ids
 
 
 def wrap(model: PreTrainedModel, kind: Kind, shake: bool = True, **attach) -> PreTrainedModel:
@@ -335,6 +343,16 @@ KINDS += [
         only=UNLIKE,
     ),
 ]
+
+
+def _task_tokens(name: str, only: tuple[str, ...] = (), **fields) -> Kind:
+    """Three procedures behind the vocabulary."""
+    config = ml.TaskTokensConfig(names=["sort", "copy", "reverse"], **fields)
+    flags = {"additive": True, "stateful": False, "segmented": False, "n_new_tokens": 3, "only": only}
+    return Kind(name, {"tasks": config}, **flags)
+
+
+KINDS += [_task_tokens("task_tokens"), _task_tokens("task_tokens_untied", UNLIKE, tied=False)]
 
 
 def params(applies: Callable[[Kind], bool] = lambda kind: True, why: str = "") -> list:

@@ -17,13 +17,15 @@ import memlayers as ml
 from memlayers.checkpoint import CONFIG
 from memlayers.config import ConfigError
 from memlayers.model import by_gradient, stateful, windowed
+from memlayers.task_tokens import task_tokens
 
 from .config import LossSection, ModelSection, TrainConfig
 from .optimizers import choose_parameters
 
 
 def build_model(config: TrainConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The model with its memories attached and `requires_grad` set, in train mode, and its tokenizer.
+    """The model with its memories attached and `requires_grad` set, in train mode, and its tokenizer, which knows the
+    model's task tokens.
 
     Raises:
         ConfigError: a memory, regime or LoRA that does not fit the model; names the field.
@@ -42,6 +44,11 @@ def build_model(config: TrainConfig) -> tuple[PreTrainedModel, PreTrainedTokeniz
             ml.attach(model, memory, name)
         except ConfigError as error:
             raise ConfigError(f"memories.{error}") from None
+    for name, memory in task_tokens(model).items():
+        try:
+            memory.add_to_tokenizer(tokenizer)
+        except ValueError as error:
+            raise ConfigError(f"memories.{name}.names: {error}") from None
     choose_parameters(model, config.train_what)
     if config.gradient_checkpointing != "none":
         reentrant = config.gradient_checkpointing == "reentrant"

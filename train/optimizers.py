@@ -12,6 +12,7 @@ import memlayers as ml
 from memlayers.config import ConfigError
 from memlayers.optim import RowSparseAdamW
 from memlayers.product_key import product_key_memories, sparse_gradients, value_tables
+from memlayers.task_tokens import frozen_rows, task_tokens
 
 from .config import OptimizerSection, TrainConfig
 
@@ -21,7 +22,7 @@ LORA = ".lora_"
 
 def choose_parameters(model: nn.Module, train_what: str) -> None:
     """Set `requires_grad` of every parameter: memories learn, or their value tables alone; base or LoRA learn
-    when `train_what` says so.
+    when `train_what` says so. Rows of task tokens that their config leaves out never learn.
 
     Raises:
         ConfigError: nothing would learn.
@@ -29,7 +30,7 @@ def choose_parameters(model: nn.Module, train_what: str) -> None:
     if train_what == "values":
         _check_values_can_learn(model)
     memory = dict(ml.memory_parameters(model))
-    learning = value_tables(model) if train_what == "values" else memory
+    learning = value_tables(model) if train_what == "values" else memory.keys() - frozen_rows(model)
     for name, parameter in model.named_parameters():
         if name in memory:
             parameter.requires_grad_(name in learning)
@@ -117,12 +118,16 @@ def parameter_groups(
 def make_optimizers(
     model: nn.Module, config: TrainConfig, tables: dict[str, nn.Parameter]
 ) -> list[torch.optim.Optimizer]:
-    """AdamW over the parameters that learn, and `RowSparseAdamW` over `tables` (see `row_sparse_tables`)."""
+    """AdamW over the parameters that learn, and `RowSparseAdamW` over `tables` (see `row_sparse_tables`). After a step
+    of AdamW, task tokens that ask for it are renormalized."""
     section, optimizers = config.optimizer, []
     if groups := parameter_groups(model, section, leave_out=tables.values()):
         optimizers.append(
             torch.optim.AdamW(groups, betas=tuple(section.betas), eps=section.eps, fused=section.fused)
         )
+        for memory in task_tokens(model).values():
+            if memory.config.renormalize:
+                optimizers[0].register_step_post_hook(lambda *_, memory=memory: memory.renormalize_())
     if tables:
         values, names = section.values, list(tables)
         optimizers.append(

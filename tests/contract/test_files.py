@@ -20,7 +20,7 @@ def files_of(folder):
 @torch.no_grad()
 @cases()
 def test_save_then_load_is_exact(case, tmp_path):
-    model, ids = case.model(), tokens(2, TEXT)
+    model, ids = case.model(), case.tokens(2, TEXT)
     ml.save(model, tmp_path / "out")
     loaded = ml.load(tmp_path / "out", base=case.base())
     assert torch.equal(loaded(ids).logits, model(ids).logits)
@@ -36,7 +36,7 @@ def test_save_then_load_is_exact(case, tmp_path):
 @torch.no_grad()
 @cases()
 def test_save_with_the_base(case, tmp_path):
-    model, ids = case.model(freeze_base=False), tokens(2, TEXT)
+    model, ids = case.model(freeze_base=False), case.tokens(2, TEXT)
     for _, parameter in model.named_parameters():
         parameter.mul_(1.01)  # as if trained: the recorded base would not do
     ml.save(model, tmp_path / "out", save_base=True)

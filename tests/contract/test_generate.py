@@ -39,7 +39,7 @@ def recompute(model, ids, answer, state=None, writes=False):
 @torch.no_grad()
 @cases()
 def test_greedy(case):
-    model, ids = case.model(), tokens(2, PROMPT)
+    model, ids = case.model(), case.tokens(2, PROMPT)
     answer, logits, output = generate(model, ids)
     near(logits, recompute(model, ids, answer, writes=case.kind.in_one_call))
     assert torch.equal(answer, logits.argmax(-1))
@@ -90,7 +90,7 @@ def test_decoding_writes_what_a_prompt_would(case):
 def test_beams(case):
     """The score that beam search gives a sequence is the sum of log-probabilities under a full recompute:
     after reordering, each beam still has its own memory and window."""
-    model, ids, beams = case.model(), tokens(2, PROMPT), 3
+    model, ids, beams = case.model(), case.tokens(2, PROMPT), 3
     _, _, output = generate(
         model, ids, new=NEW, num_beams=beams, num_return_sequences=beams, length_penalty=0.0
     )
@@ -118,7 +118,7 @@ def test_beams_from_a_written_state(case):
 @torch.no_grad()
 @cases()
 def test_chunked_prefill_at_every_size(case):
-    model, ids = case.model(), tokens(2, PROMPT)
+    model, ids = case.model(), case.tokens(2, PROMPT)
     expected, expected_logits, _ = generate(model, ids, new=4)
     for size in range(1, PROMPT + 1):
         answer, logits, _ = generate(model, ids, new=4, prefill_chunk_size=size)
@@ -130,7 +130,7 @@ def test_chunked_prefill_at_every_size(case):
 @cases()
 def test_two_calls_split_at_every_offset(case):
     """With and without keys and values handed on, at every offset: the same logits and the same state."""
-    model, ids = case.model(), tokens(2, TEXT)
+    model, ids = case.model(), case.tokens(2, TEXT)
     whole = model(ids)
     for offset in range(1, ids.shape[1]):
         first = model(ids[:, :offset], use_cache=True)

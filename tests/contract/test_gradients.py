@@ -30,7 +30,7 @@ def gradients(model, ids, **inputs):
 )
 @cases()
 def test_checkpointing_gives_the_same_gradients(case, reentrant, freeze_base):
-    model, ids = case.model(freeze_base=freeze_base).train(), tokens(2, 3 * SEGMENT)
+    model, ids = case.model(freeze_base=freeze_base).train(), case.tokens(2, 3 * SEGMENT)
     calls, norm = [], [m for n, m in model.named_modules() if n.endswith(("0.input_layernorm", "h.0.ln_1"))]
     norm[0].register_forward_hook(lambda *_: calls.append(1))
     expected_loss, expected = gradients(model, ids)
@@ -49,7 +49,7 @@ def test_checkpointing_gives_the_same_gradients(case, reentrant, freeze_base):
 @cases()
 def test_the_loss_is_the_mean_over_labelled_next_tokens(case):
     model = case.model()
-    ids, mask = pad([tokens(1, 3 * SEGMENT, seed=1)[0], tokens(1, 7, seed=2)[0]], "left")
+    ids, mask = pad([case.tokens(1, 3 * SEGMENT, seed=1)[0], tokens(1, 7, seed=2)[0]], "left")
     labels = torch.where(mask.bool(), ids, -100)
     labels[0, :SEGMENT] = -100
     with torch.no_grad():

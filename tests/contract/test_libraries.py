@@ -19,8 +19,8 @@ import memlayers as ml
 
 
 class Texts(torch.utils.data.Dataset):
-    def __init__(self, n=12):
-        self.ids = tokens(n, TEXT)
+    def __init__(self, case, n=12):
+        self.ids = case.tokens(n, TEXT)
 
     def __len__(self):
         return len(self.ids)
@@ -31,7 +31,7 @@ class Texts(torch.utils.data.Dataset):
         return {"input_ids": self.ids[index], "labels": labels}
 
 
-def trainer(model, folder, **extra):
+def trainer(case, model, folder, **extra):
     arguments = transformers.TrainingArguments(
         output_dir=str(folder),
         max_steps=3,
@@ -45,7 +45,7 @@ def trainer(model, folder, **extra):
         disable_tqdm=True,
     )
     return transformers.Trainer(
-        model=model, args=arguments, train_dataset=Texts(), eval_dataset=Texts(4), **extra
+        model=model, args=arguments, train_dataset=Texts(case), eval_dataset=Texts(case, 4), **extra
     )
 
 
@@ -53,13 +53,13 @@ def trainer(model, folder, **extra):
 def test_trainer_takes_three_steps_and_evaluates(case, tmp_path):
     model = case.model()
     before = {name: p.clone() for name, p in model.named_parameters()}
-    run = trainer(model, tmp_path)
+    run = trainer(case, model, tmp_path)
     run.train()
     assert run.state.global_step == 3
     memory = dict(ml.memory_parameters(model))
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, before[name]) == (name not in memory), name
-    ids = Texts(4).ids
+    ids = Texts(case, 4).ids
     with torch.no_grad():
         expected = model.eval()(ids, labels=ids).loss
     assert run.evaluate()["eval_loss"] == pytest.approx(float(expected), abs=1e-4)
@@ -74,15 +74,15 @@ def test_trainer_predicts_with_metrics(case, tmp_path):
         seen.append(prediction.predictions)
         return {"mean": float(np.mean(prediction.predictions))}
 
-    result = trainer(model, tmp_path, compute_metrics=metrics).evaluate()
+    result = trainer(case, model, tmp_path, compute_metrics=metrics).evaluate()
     assert "eval_mean" in result
     with torch.no_grad():
-        near(torch.as_tensor(seen[0]), model(Texts(4).ids).logits)
+        near(torch.as_tensor(seen[0]), model(Texts(case, 4).ids).logits)
 
 
 def test_trainer_saves_and_resumes_a_checkpoint(tmp_path):
     case = params()[0].values[0]
-    run = trainer(case.model(), tmp_path)
+    run = trainer(case, case.model(), tmp_path)
     run.save_model(str(tmp_path / "saved"))
     weights = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "saved").state_dict()
     for name, tensor in case.base().state_dict().items():

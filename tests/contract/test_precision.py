@@ -66,7 +66,7 @@ def test_bf16_throughout_is_near_float32(case):
 @cases()
 def test_training_under_autocast(case):
     """Gradients of float32 parameters are float32, finite, and near those without autocast."""
-    ids, results = tokens(2, TEXT), []
+    ids, results = case.tokens(2, TEXT), []
     for enabled in (False, True):
         model = case.model().train()
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
