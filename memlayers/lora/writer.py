@@ -88,13 +88,8 @@ class Writer(nn.Module):
             losses = row_losses(model, segments, read, self.token_weights)
             self._check(losses, step)
             gradients = torch.autograd.grad(losses.sum(), list(given.values()), create_graph=through)
-            directions = optimizer.directions(gradients)
-            fields = {
-                field: x - rate * direction
-                for (field, x), rate, direction in zip(
-                    fields.items(), self._rates(step, len(fields), differentiable), directions
-                )
-            }
+            rates = self._rates(step, len(fields), differentiable)
+            fields = dict(zip(fields, optimizer.step(list(fields.values()), gradients, rates)))
             bar.update()
         return fields
 
