@@ -129,13 +129,13 @@ def row_losses(
         use_cache=False,
         output_hidden_states=token_weights is not None,
     )
-    logits = output.logits[:, :-1]
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32)).transpose(1, 2)
-    each = F.cross_entropy(logits, ids[:, 1:], reduction="none")
+    logits = output.logits.to(torch.promote_types(output.logits.dtype, torch.float32))
+    # Each token stands where it is predicted; the first of a segment, which is never learned, comes last.
+    each = F.cross_entropy(logits.flatten(0, 1), ids.roll(-1, 1).flatten(), reduction="none").view_as(ids)
     if token_weights is not None:
-        hidden = output.hidden_states[-1][:, 1:].to(token_weights[0].weight.dtype)
-        each = each * 2 * torch.sigmoid(token_weights(hidden)[..., 0].to(each.dtype))
-    each, counted = (x.reshape(rows, -1) for x in (each, learned[:, 1:]))
+        hidden = output.hidden_states[-1].to(token_weights[0].weight.dtype)
+        each = each * 2 * torch.sigmoid(token_weights(hidden)[..., 0].roll(-1, 1).to(each.dtype))
+    each, counted = (x.reshape(rows, -1) for x in (each, learned.roll(-1, 1)))
     return (each * counted).sum(1) / counted.sum(1).clamp(min=1)
 
 
