@@ -87,9 +87,15 @@ class Writer(nn.Module):
             read = MemoryState({**state.fields, name: given})
             losses = row_losses(model, segments, read, self.token_weights)
             self._check(losses, step)
-            gradients = torch.autograd.grad(losses.sum(), list(given.values()), create_graph=through)
             rates = self._rates(step, len(fields), differentiable)
-            fields = dict(zip(fields, optimizer.step(list(fields.values()), gradients, rates)))
+            stepped = (
+                optimizer.step(  # the gradients get no name, which would keep them through the next step
+                    list(fields.values()),
+                    torch.autograd.grad(losses.sum(), list(given.values()), create_graph=through),
+                    rates,
+                )
+            )
+            fields = dict(zip(fields, stepped))
             bar.update()
         return fields
 
