@@ -15,6 +15,7 @@ from memlayers.cli.common import Debug, command, quiet
 class Benchmark(StrEnum):
     product_key = "product_key"
     neural = "neural"
+    lora = "lora"
 
 
 @command
@@ -43,12 +44,14 @@ def bench(
     import torch
     from rich.console import Console
 
-    from memlayers.eval.speed import neural, product_key
+    from memlayers.eval.speed import lora, neural, product_key
     from memlayers.files import write_text
 
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if kind is Benchmark.neural:
         report = neural.benchmark(rounds, device, ttt_lm)
+    elif kind is Benchmark.lora:
+        report = lora.benchmark(rounds, device)
     else:
         report = product_key.benchmark(rounds, device)
     console = Console()

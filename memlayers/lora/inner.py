@@ -12,26 +12,37 @@ BETAS, EPS = (0.9, 0.999), 1e-8
 
 
 class InnerOptimizer:
-    """AdamW without decay, or plain gradients; `directions` is what a step goes along, at rate 1."""
+    """AdamW without decay, or plain gradients."""
 
     def __init__(self, config: WriterSection, tensors: Sequence[torch.Tensor]):
         self.config, self.n_steps = config, 0
-        self.first = [torch.zeros_like(x) for x in tensors]
-        self.second = [torch.zeros_like(x) for x in tensors]
+        if config.optimizer == "adamw":
+            self.first = [torch.zeros_like(x) for x in tensors]
+            self.second = [torch.zeros_like(x) for x in tensors]
 
-    def directions(self, gradients: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """From gradients (batch, ...)."""
+    def step(
+        self,
+        tensors: Sequence[torch.Tensor],
+        gradients: Sequence[torch.Tensor],
+        rates: Sequence[float | torch.Tensor],
+    ) -> list[torch.Tensor]:
+        """`tensors` (batch, ...) after a step along their gradients, each at its own rate."""
         if self.config.clip is not None:
             gradients = clipped(gradients, self.config.clip)
         if self.config.optimizer == "sgd":
-            return list(gradients)
+            return [x - rate * g for x, g, rate in zip(tensors, gradients, rates)]
         self.n_steps += 1
         b1, b2 = BETAS
-        self.first = [b1 * m + (1 - b1) * g for m, g in zip(self.first, gradients)]
-        self.second = [b2 * v + (1 - b2) * g * g for v, g in zip(self.second, gradients)]
+        self.first = [m.lerp(g, 1 - b1) for m, g in zip(self.first, gradients)]
+        self.second = [(b2 * v).addcmul(g, g, value=1 - b2) for v, g in zip(self.second, gradients)]
+        # x − rate · (m / c1) / (√(v / c2) + EPS), with the corrections c1 and c2 taken out of the fraction. Under the
+        # root, EPS²: it has no derivative at 0, where a tensor has no gradient yet (A, while B is zero).
         c1, c2 = 1 - b1**self.n_steps, 1 - b2**self.n_steps
-        # The root has no derivative at 0, where a tensor has no gradient yet (A, while B is zero).
-        return [(m / c1) / ((v / c2 + EPS**2).sqrt() + EPS) for m, v in zip(self.first, self.second)]
+        root = c2**0.5
+        return [
+            x - (rate * (root / c1)) * (m / ((v + EPS**2 * c2).sqrt() + EPS * root))
+            for x, m, v, rate in zip(tensors, self.first, self.second, rates)
+        ]
 
 
 def clipped(gradients: Sequence[torch.Tensor], largest: float) -> list[torch.Tensor]:

@@ -47,7 +47,9 @@ class LoRAAdapter(nn.Module):
                 f"x has shape {tuple(x.shape)}, the adapters of {a.shape[0]} rows take (rows, tokens, {a.shape[2]})"
             )
         joined = x.to(a.dtype).reshape(a.shape[0], -1, x.shape[2])
-        added = torch.bmm(torch.bmm(joined, a.mT), b.mT) * self.scaling
+        added = torch.bmm(
+            torch.bmm(joined, a.mT) * self.scaling, b.mT
+        )  # r numbers a token are scaled, not all
         return added.view(*x.shape[:2], -1).to(x.dtype)
 
     def extra_repr(self) -> str:

@@ -92,14 +92,15 @@ class Writer(nn.Module):
             read = MemoryState({**state.fields, name: given})
             losses = row_losses(model, segments, read, self.token_weights)
             self._check(losses, step)
-            gradients = torch.autograd.grad(losses.sum(), list(given.values()), create_graph=through)
-            directions = optimizer.directions(gradients)
-            fields = {
-                field: x - rate * direction
-                for (field, x), rate, direction in zip(
-                    fields.items(), self._rates(step, len(fields), differentiable), directions
+            rates = self._rates(step, len(fields), differentiable)
+            stepped = (
+                optimizer.step(  # the gradients get no name, which would keep them through the next step
+                    list(fields.values()),
+                    torch.autograd.grad(losses.sum(), list(given.values()), create_graph=through),
+                    rates,
                 )
-            }
+            )
+            fields = dict(zip(fields, stepped))
             bar.update()
         return fields
 
@@ -139,13 +140,13 @@ def row_losses(
         use_cache=False,
         output_hidden_states=token_weights is not None,
     )
-    logits = output.logits[:, :-1]
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32)).transpose(1, 2)
-    each = F.cross_entropy(logits, ids[:, 1:], reduction="none")
+    logits = output.logits.to(torch.promote_types(output.logits.dtype, torch.float32))
+    # Each token stands where it is predicted; the first of a segment, which is never learned, comes last.
+    each = F.cross_entropy(logits.flatten(0, 1), ids.roll(-1, 1).flatten(), reduction="none").view_as(ids)
     if token_weights is not None:
-        hidden = output.hidden_states[-1][:, 1:].to(token_weights[0].weight.dtype)
-        each = each * 2 * torch.sigmoid(token_weights(hidden)[..., 0].to(each.dtype))
-    each, counted = (x.reshape(rows, -1) for x in (each, learned[:, 1:]))
+        hidden = output.hidden_states[-1].to(token_weights[0].weight.dtype)
+        each = each * 2 * torch.sigmoid(token_weights(hidden)[..., 0].roll(-1, 1).to(each.dtype))
+    each, counted = (x.reshape(rows, -1) for x in (each, learned.roll(-1, 1)))
     return (each * counted).sum(1) / counted.sum(1).clamp(min=1)
 
 
