@@ -2,7 +2,8 @@
 
 The sizes are those of configs/train/lora_passkey.yaml: the embedded base, trained along; 32 passkeys in 8 segments of 32
 tokens, written by 4 inner steps into rank 16 with learned rates and token weights; the loss of the answer given the
-question and the adapter, backward to all parameters. `unroll` 4 is MAML, 0 is FOMAML.
+question and the adapter, backward to all parameters. `unroll` 4 is MAML; `fomaml` goes through
+no step.
 """
 
 from __future__ import annotations
@@ -38,11 +39,12 @@ def passkeys(batch: int, length: int, device: str) -> tuple[torch.Tensor, torch.
     return contexts, torch.tensor(asked, device=device), len(samples[0].questions[0].answer_ids)
 
 
-def outer_step(unroll: int, r: int, batch: int, length: int, device: str) -> Callable[[], torch.nn.Module]:
-    """A function that does one step, all but the optimizer's, and gives the model with its gradients."""
+def outer_step(writer: dict, r: int, batch: int, length: int, device: str) -> Callable[[], torch.nn.Module]:
+    """A function that does one step, all but the optimizer's, and gives the model with its gradients. `writer`: fields
+    that differ from `WRITER`."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_pretrained(BASE)
-    config = ml.LoRAMemoryConfig(r=r, lora_alpha=r, writer={**WRITER, "unroll": unroll})
+    config = ml.LoRAMemoryConfig(r=r, lora_alpha=r, writer={**WRITER, **writer})
     ml.attach(model, config, name="notes")
     model.to(device).train().requires_grad_(True)
     contexts, asked, n_answer = passkeys(batch, length, device)
@@ -60,7 +62,10 @@ def outer_step(unroll: int, r: int, batch: int, length: int, device: str) -> Cal
 def compare_outer_steps(rounds: int, device: str, r=16, batch=32, length=256) -> dict:
     """Milliseconds and peak memory of a step for every `unroll`, each beside the full gradient's in the same round."""
     steps = WRITER["steps"]
-    arms = {f"unroll {n}": outer_step(n, r, batch, length, device) for n in range(steps, -1, -1)}
+    fields = {f"unroll {n}": {"unroll": n} for n in range(steps, 0, -1)} | {
+        "fomaml": {"outer_gradient": "fomaml"}
+    }
+    arms = {name: outer_step(writer, r, batch, length, device) for name, writer in fields.items()}
     peaks = peak_memories(arms, device)
     seconds = time_rounds(arms, rounds, warm_up=0)
     full = f"unroll {steps}"

@@ -93,14 +93,11 @@ class Writer(nn.Module):
             losses = row_losses(model, segments, read, self.token_weights)
             self._check(losses, step)
             rates = self._rates(step, len(fields), differentiable)
-            stepped = (
-                optimizer.step(  # the gradients get no name, which would keep them through the next step
-                    list(fields.values()),
-                    torch.autograd.grad(losses.sum(), list(given.values()), create_graph=through),
-                    rates,
-                )
+            # The gradients get no name, which would keep them through the next step.
+            tensors = optimizer.step(
+                list(fields.values()), _gradients(losses, given, create_graph=through), rates
             )
-            fields = dict(zip(fields, stepped))
+            fields = dict(zip(fields, tensors))
             bar.update()
         return fields
 
@@ -118,6 +115,10 @@ class Writer(nn.Module):
                 f"{losses[bad[0]].item()}; nothing was written, the state is as it was. Lower writer.learning_rate or "
                 "set writer.clip"
             )
+
+
+def _gradients(losses: torch.Tensor, fields: Fields, create_graph: bool) -> tuple[torch.Tensor, ...]:
+    return torch.autograd.grad(losses.sum(), list(fields.values()), create_graph=create_graph)
 
 
 def row_losses(
