@@ -13,6 +13,7 @@ if (_root / "pyproject.toml").is_file():
 
 from .associative import AssociativeMemory, AssociativeMemoryConfig  # noqa: E402
 from .attach import attach, detach, disabled  # noqa: E402
+from .cartridge import Cartridge, CartridgeConfig  # noqa: E402
 from .checkpoint import load, save  # noqa: E402
 from .config import ConfigError, MemoryConfig  # noqa: E402
 from .kinds import parse_memory_config  # noqa: E402
@@ -38,6 +39,8 @@ __all__ = [
     "AssociativeMemory",
     "AssociativeMemoryConfig",
     "BankLocked",
+    "Cartridge",
+    "CartridgeConfig",
     "ConfigError",
     "LoRABank",
     "LoRABankConfig",

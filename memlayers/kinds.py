@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import pydantic
 
 from .associative import AssociativeMemory, AssociativeMemoryConfig
+from .cartridge import Cartridge, CartridgeConfig
 from .config import ConfigError, MemoryConfig, validate
 from .lora import LoRAMemories, LoRAMemoryConfig
 from .memory import Memory
@@ -19,6 +20,7 @@ from .tokens import MemoryTokens, MemoryTokensConfig
 KINDS: dict[str, tuple[type[MemoryConfig], type[Memory]]] = {
     "tokens": (MemoryTokensConfig, MemoryTokens),
     "associative": (AssociativeMemoryConfig, AssociativeMemory),
+    "cartridge": (CartridgeConfig, Cartridge),
     "neural": (NeuralMemoryConfig, NeuralMemories),
     "lora": (LoRAMemoryConfig, LoRAMemories),
     "product_key": (ProductKeyMemoryConfig, ProductKeyMemories),

@@ -93,6 +93,10 @@ class Memory(nn.Module):
         """
         raise NotImplementedError(f"{type(self).__name__} is written by forward calls")
 
+    def positions(self, fields: Fields) -> torch.Tensor | None:
+        """(batch,) int64: positions before a text that a memory takes for itself; None: none."""
+        return None
+
     def write_inputs(self, state: Fields) -> torch.Tensor | None:
         """Tokens (batch, n, hidden_size) to put behind a segment for writing; None where it takes none."""
         return None

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
+from torch import nn
 from transformers.cache_utils import Cache
 
 from .memory import Fields, Memory
@@ -43,3 +44,36 @@ class Pass:
     def name_of(self, memory: Memory) -> str | None:
         """The name under which `memory` takes part, or None."""
         return next((name for name, other in self.memories.items() if other is memory), None)
+
+
+def carried(block: nn.Module, hidden: torch.Tensor, read: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """`hidden`, the input of a layer, and `read`, which enters in the middle of it, such that the gradient of `read` is
+    found too where reentrant checkpointing runs the layer again."""
+    if not (_recomputes_reentrant(block) and read.requires_grad):
+        return hidden, read
+    leaf = read.detach().requires_grad_()
+    return _Carried.apply(hidden, read, leaf), leaf
+
+
+class _Carried(torch.autograd.Function):
+    """Hands the gradient of `leaf` on to `read`, of which it is a detached copy, along the way of `hidden`.
+
+    Reentrant checkpointing runs a layer again in the backward pass and differentiates only its arguments. What
+    was read enters in the middle of the layer; as a leaf it collects its gradient there, and this function, which
+    stands before the layer, passes it on when the layer's own backward pass is done.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, read, leaf):
+        ctx.leaf = leaf
+        return hidden.view_as(hidden)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad, ctx.leaf.grad, None
+
+
+def _recomputes_reentrant(block: nn.Module) -> bool:
+    if not (getattr(block, "gradient_checkpointing", False) and block.training):
+        return False
+    return getattr(block._gradient_checkpointing_func, "keywords", {}).get("use_reentrant", True)

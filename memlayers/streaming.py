@@ -81,6 +81,7 @@ def read(
     """
     state = cache.memory_state or fresh_state(request.memories, embeds.shape[0])
     fields = {name: state[name] for name in request.memories}
+    position_ids = _behind(request, fields, embeds, cache.seen, position_ids)
     if request.sliding_window is None:
         if cache.window is None and request.keep_window:
             cache.window = DynamicCache(config=request.config)
@@ -107,6 +108,20 @@ def read(
         past_key_values=cache if request.keep_window else None,
         hidden_states=hidden[1:] or None,
     )
+
+
+def _behind(request: Request, fields, embeds, seen: int, position_ids):
+    """Positions of the text, behind those that memories take for themselves."""
+    taken = [memory.positions(fields[name]) for name, memory in request.memories.items()]
+    taken = [positions for positions in taken if positions is not None]
+    if not taken:
+        return position_ids
+    if position_ids is None:
+        position_ids = seen + torch.arange(embeds.shape[1], device=embeds.device)[None]
+    before = sum(taken).to(embeds.device)
+    position_ids = position_ids + before.repeat_interleave(embeds.shape[0] // len(before))[:, None]
+    _check_positions(position_ids, request)
+    return position_ids
 
 
 def _read_in_window(forward, embeds, mask, cache, request: Request, fields, position_ids, **kwargs):

@@ -330,6 +330,22 @@ KINDS += [
 
 KINDS += [
     Kind(
+        "cartridge",
+        {
+            "notes": ml.CartridgeConfig(
+                n_tokens=3,
+                start="learned",
+                writer={"steps": 2, "learning_rate": 1.0, "optimizer": "sgd", "segment_length": 5},
+            )
+        },
+        segmented=False,
+        by_gradient=True,
+    )
+]
+
+
+KINDS += [
+    Kind(
         "associative",
         {"past": ml.AssociativeMemoryConfig(n_tokens=2, segment_length=SEGMENT, key_dim=6, nu=2)},
     ),

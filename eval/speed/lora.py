@@ -34,7 +34,7 @@ import memlayers as ml
 from memlayers.eval.speed.lora_outer import compare_outer_steps
 from memlayers.eval.speed.lora_peft import mixed_batch, with_adapters, write_with_peft
 from memlayers.eval.speed.timing import peak_memories, percentiles, time_rounds, where
-from memlayers.lora.segments import of_text
+from memlayers.writing import of_text
 
 LENGTHS = (256, 1024, 4096, 8192)
 LONG = 4096

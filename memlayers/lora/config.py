@@ -4,59 +4,10 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
-from ..config import ConfigError, MemoryConfig, Strict
-
-
-class WriterSection(Strict):
-    """How a text is written: steps of an inner training, of one adapter a row.
-
-    Attributes:
-        steps: gradient steps, over all of a text or in streaming mode over each segment.
-        learning_rate: of the inner steps.
-        optimizer: `adamw` (without decay) or `sgd`. Each row has its own.
-        segment_length: tokens of a text that one forward pass reads together. The segments of a text are a batch, and
-            every token but the first is predicted once, the first of a segment by the last of the one before.
-        clip: largest norm of a row's gradient; None: no clipping.
-        streaming: write segment after segment, each with the adapter that those before it left (Temp-LoRA, 2401.11504),
-            instead of all at the same time (PERK, 2507.06415).
-        learned_steps: each inner step has a learned rate for each tensor (PERK); `learning_rate` is where they start.
-        token_weights: a learned weight for each token of a text, from its hidden state (PERK); all start at 1.
-        outer_gradient: in training, how the gradient of what was written comes back to the start: `maml`, through the
-            inner steps; `fomaml`, as if they did not depend on the start; `reptile`, the same and the way that the
-            steps went (1803.02999).
-        unroll: with `maml`, how many of the last inner steps the gradient passes through; through those before it
-            passes as in `fomaml`. None: all.
-    """
-
-    steps: int = Field(4, ge=0)
-    learning_rate: float = Field(5e-3, gt=0)
-    optimizer: Literal["adamw", "sgd"] = "adamw"
-    segment_length: int = Field(256, ge=1)
-    clip: float | None = Field(None, gt=0)
-    streaming: bool = False
-    learned_steps: bool = False
-    token_weights: bool = False
-    outer_gradient: Literal["maml", "fomaml", "reptile"] = "maml"
-    unroll: int | None = Field(None, ge=1)
-
-    @model_validator(mode="after")
-    def _fits_together(self):
-        if self.unroll is not None and self.unroll > self.steps:
-            raise ConfigError(f"unroll: {self.unroll} is more than the {self.steps} steps")
-        if self.unroll is not None and self.outer_gradient != "maml":
-            raise ConfigError(
-                f"unroll: {self.outer_gradient} passes through no step; leave unroll out, or set outer_gradient: maml"
-            )
-        return self
-
-    @property
-    def n_unrolled(self) -> int:
-        """Last inner steps that the outer gradient passes through."""
-        if self.outer_gradient != "maml":
-            return 0
-        return self.steps if self.unroll is None else self.unroll
+from ..config import MemoryConfig
+from ..writing import WriterSection
 
 
 class LoRAMemoryConfig(MemoryConfig):

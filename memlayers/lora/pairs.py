@@ -9,8 +9,8 @@ from ..forward import check_state
 from ..model import stateful
 from ..state import MemoryState
 from ..streaming import fresh_state
+from ..writing import of_pairs
 from .patch import LoRAMemories
-from .segments import of_pairs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -12,10 +12,9 @@ from ..config import ConfigError, chosen_layers
 from ..memory import Fields, Memory
 from ..model import attention_of, decoder_layers, decoder_of
 from ..passes import Pass
+from ..writing import Writer, of_text
 from .config import LoRAMemoryConfig
 from .module import LoRAAdapter
-from .segments import of_text
-from .writer import Writer
 
 RUNNING: ContextVar[Pass | None] = ContextVar("RUNNING", default=None)
 """The pass of the decoder layer that runs: linear layers get no keywords."""
@@ -118,7 +117,7 @@ def _enter_again(attention: nn.Module, args: tuple, kwargs: dict):
     """The same from the keywords that a layer hands to its attention: gradient checkpointing runs a layer's forward
     a second time without the hooks around it."""
     if "memory_pass" in kwargs:
-        RUNNING.set(kwargs.pop("memory_pass"))
+        RUNNING.set(kwargs["memory_pass"])
     return args, kwargs
 
 

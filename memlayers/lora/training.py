@@ -19,10 +19,9 @@ from ..memory import Fields
 from ..model import stateful
 from ..state import MemoryState
 from ..streaming import fresh_state
+from ..writing import Segments, of_text, row_losses
 from .bank_config import LoRABankConfig
 from .module import draw_a
-from .segments import Segments, of_text
-from .writer import row_losses
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -10,7 +10,7 @@ from torch import nn
 from ..config import chosen_layers
 from ..memory import Fields, Memory
 from ..model import attention_of, decoder_layers, decoder_of
-from ..passes import Pass
+from ..passes import Pass, carried
 from .config import NeuralMemoryConfig
 from .context import in_context
 from .module import NeuralMemory
@@ -155,10 +155,7 @@ class _BeforeLayer(_Hook):
         read = read.to(hidden.dtype)
         if self.owner.config.placement == "mal":
             return (hidden + read, *rest), kwargs
-        if _recomputes_reentrant(block) and read.requires_grad:
-            leaf = read.detach().requires_grad_()
-            hidden, read = _Carried.apply(hidden, read, leaf), leaf
-        run.reads[name, self.key] = read
+        hidden, run.reads[name, self.key] = carried(block, hidden, read)
         return (hidden, *rest), kwargs
 
 
@@ -213,27 +210,3 @@ class _Attention(_Hook):
         while above.below is not self:
             above = above.below
         above.below = self.below
-
-
-class _Carried(torch.autograd.Function):
-    """Hands the gradient of `leaf` on to `read`, of which it is a detached copy, along the way of `hidden`.
-
-    Reentrant checkpointing runs a layer again in the backward pass and differentiates only its arguments. What
-    was read enters in the middle of the layer; as a leaf it collects its gradient there, and this function, which
-    stands before the layer, passes it on when the layer's own backward pass is done.
-    """
-
-    @staticmethod
-    def forward(ctx, hidden, read, leaf):
-        ctx.leaf = leaf
-        return hidden.view_as(hidden)
-
-    @staticmethod
-    def backward(ctx, grad):
-        return grad, ctx.leaf.grad, None
-
-
-def _recomputes_reentrant(block: nn.Module) -> bool:
-    if not (getattr(block, "gradient_checkpointing", False) and block.training):
-        return False
-    return getattr(block._gradient_checkpointing_func, "keywords", {}).get("use_reentrant", True)

@@ -11,9 +11,8 @@ from memlayers.cli import app
 from memlayers.cli.common import packaged
 from memlayers.eval.speed import lora, lora_outer
 from memlayers.eval.speed.lora_peft import with_adapters, write_with_peft
-from memlayers.lora.segments import of_text
-from memlayers.lora.writer import row_losses
 from memlayers.train.config import TrainConfig
+from memlayers.writing import of_text, row_losses
 from memlayers.yaml_config import load_yaml
 
 SMALL = {"width": 16, "layers": 2}

@@ -4,7 +4,7 @@ import pytest
 import torch
 from matrix import pad, tokens
 
-from memlayers.lora.segments import of_pairs, of_text
+from memlayers.writing import of_pairs, of_text
 
 
 @pytest.mark.parametrize("side", ["left", "right"])

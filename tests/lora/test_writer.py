@@ -6,7 +6,7 @@ from matrix import pad, says, tokens
 from peft import LoraConfig, get_peft_model
 
 import memlayers as ml
-from memlayers.lora.segments import of_text
+from memlayers.writing import of_text
 from tests.lora.writer_cases import GPT2, LLAMA, TEXT, values, wrapped
 
 

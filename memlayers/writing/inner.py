@@ -49,4 +49,4 @@ def clipped(gradients: Sequence[torch.Tensor], largest: float) -> list[torch.Ten
     """Gradients (batch, ...) with each row's norm, over all of them, at most `largest`."""
     squares = torch.stack([g.flatten(1).square().sum(1) for g in gradients]).sum(0)
     scale = (largest / (squares + EPS).sqrt()).clamp(max=1)
-    return [g * scale[:, None, None] for g in gradients]
+    return [g * scale.view(-1, *[1] * (g.dim() - 1)) for g in gradients]

@@ -1,8 +1,8 @@
-"""Writing by gradient steps: an adapter a row, trained on the segments of its text.
+"""Writing by gradient steps: what a memory holds for a row, trained on the segments of its text.
 
-    φ_{i+1} = φ_i − step_i(∇ Σ_rows loss(φ_i; segments of the row)),    φ = A and B of all layers
+    φ_{i+1} = φ_i − step_i(∇ Σ_rows loss(φ_i; segments of the row)),    φ = the floating-point fields of the state
 
-Rows do not see each other: each has its own adapter, its own mean loss, and its own moments. `Writer` holds what can be
+Rows do not see each other: each has its own φ, its own mean loss, and its own moments. `Writer` holds what can be
 learned about writing (PERK, 2507.06415, section 3): a rate for each tensor and step, and weights for the tokens.
 """
 
@@ -72,7 +72,7 @@ class Writer(nn.Module):
         _check_checkpointing(model, second_order=differentiable and self.config.n_unrolled > 0)
         parts = segments.one_by_one() if self.config.streaming else [segments]
         bar = tqdm(total=len(parts) * self.config.steps, unit="step", desc="write", disable=not progress)
-        fields = state[name]
+        fields = {field: x for field, x in state[name].items() if x.is_floating_point()}
         with torch.inference_mode(False), torch.enable_grad(), _twice_differentiable(differentiable):
             if not differentiable:
                 fields = {field: x.detach().clone() for field, x in fields.items()}
@@ -82,14 +82,14 @@ class Writer(nn.Module):
                 rate = self.config.learning_rate
                 fields = {field: reptile(x, state[name][field], rate) for field, x in fields.items()}
         bar.close()
-        return fields
+        return {**state[name], **fields}
 
     def _steps(self, model, name, segments, state, fields: Fields, differentiable: bool, bar) -> Fields:
         optimizer = InnerOptimizer(self.config, list(fields.values()))
         for step in range(self.config.steps):
             through = differentiable and step >= self.config.steps - self.config.n_unrolled
             given = fields if through else {field: x.detach().requires_grad_() for field, x in fields.items()}
-            read = MemoryState({**state.fields, name: given})
+            read = MemoryState({**state.fields, name: {**state[name], **given}})
             losses = row_losses(model, segments, read, self.token_weights)
             self._check(losses, step)
             rates = self._rates(step, len(fields), differentiable)
@@ -124,7 +124,7 @@ def _gradients(losses: torch.Tensor, fields: Fields, create_graph: bool) -> tupl
 def row_losses(
     model: PreTrainedModel, segments: Segments, state: MemoryState, token_weights: nn.Module | None = None
 ) -> torch.Tensor:
-    """(batch,) float32: mean cross-entropy of each row's learned tokens, read with its adapter; 0 where it has none.
+    """(batch,) float32: mean cross-entropy of each row's learned tokens, read with its state; 0 where it has none.
 
     Args:
         token_weights: weighs the tokens, see `Writer`; None: all alike.

@@ -1,0 +1,7 @@
+"""Cartridges: keys and values that stand before a text in every layer, learned once for all texts (prefix tuning,
+2101.00190) or written from a text (Cartridges, 2506.06266)."""
+
+from .config import CartridgeConfig
+from .patch import Cartridge
+
+__all__ = ["Cartridge", "CartridgeConfig"]

@@ -1,0 +1,66 @@
+"""Keys and values before those of the text, as attention takes them: in place of its cache, and in its mask."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from transformers.cache_utils import Cache
+
+from ..streaming import as_attention_takes_it
+
+CACHE_NAMES = ("past_key_values", "layer_past")
+"""What architectures call the cache among the arguments of attention."""
+
+
+class KeysBefore:
+    """Stands for the cache of one call of attention; the text's own keys go to the cache `below`, where there is one.
+
+    Args:
+        keys, values: (rows, heads, places, head_dim).
+    """
+
+    def __init__(self, keys: torch.Tensor, values: torch.Tensor, below: Cache | KeysBefore | None):
+        self.keys, self.values, self.below = keys, values, below
+
+    def update(self, keys: torch.Tensor, values: torch.Tensor, layer_idx: int, *args, **kwargs):
+        """As `Cache.update`."""
+        if self.below is not None:
+            keys, values = self.below.update(keys, values, layer_idx, *args, **kwargs)
+        return torch.cat([self.keys, keys], dim=2), torch.cat([self.values, values], dim=2)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Keys there are before a call."""
+        return self.keys.shape[2] + (0 if self.below is None else self.below.get_seq_length(layer_idx))
+
+
+def mask_before(
+    mask: torch.Tensor | None,
+    length: torch.Tensor,
+    places: int,
+    hidden: torch.Tensor,
+    below: Cache | KeysBefore | None,
+    attention: nn.Module,
+) -> torch.Tensor:
+    """The mask of a call of attention, with the last `length` of `places` columns before it seen by all tokens.
+
+    Args:
+        mask: (rows or 1, 1, queries, keys), or None where all that is not in the future is seen.
+        length: (rows,).
+        hidden: (rows, queries, hidden_size), what attention is given.
+
+    Raises:
+        ValueError: an implementation of attention that takes no mask of ours.
+    """
+    rows, n_queries = hidden.shape[:2]
+    if mask is None:
+        previous = 0 if below is None else below.get_seq_length(attention.layer_idx)
+        seen = torch.ones(n_queries, previous + n_queries, dtype=torch.bool, device=hidden.device)
+        mask = as_attention_takes_it(seen.tril(previous)[None, None], attention.config, hidden)
+    if mask.dim() != 4:
+        raise ValueError(
+            f"a cartridge needs a mask of four dimensions, attention {attention.config._attn_implementation!r} has one of "
+            f"{mask.dim()}; load the model with attn_implementation='sdpa' or 'eager'"
+        )
+    used = torch.arange(places, device=length.device) >= places - length[:, None]
+    used = as_attention_takes_it(used[:, None, None].expand(-1, -1, n_queries, -1), attention.config, hidden)
+    return torch.cat([used, mask.expand(rows, -1, -1, -1)], dim=-1)

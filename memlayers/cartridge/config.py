@@ -1,0 +1,26 @@
+"""The fields of a cartridge."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from ..config import MemoryConfig
+from ..writing import WriterSection
+
+
+class CartridgeConfig(MemoryConfig):
+    """Keys and values of some places before the text, in every layer; all tokens attend to them.
+
+    Attributes:
+        n_tokens: places.
+        start: what a row has before anything is written: `learned` parameters, as in prefix tuning, or nothing; then
+            the keys and values of the first `n_tokens` tokens of the `text` that is written first.
+        writer: how what stands there is refined on a text; `steps: 0` leaves it.
+    """
+
+    type: Literal["cartridge"] = "cartridge"
+    n_tokens: int = Field(64, ge=1)
+    start: Literal["learned", "text"] = "text"
+    writer: WriterSection = WriterSection()
