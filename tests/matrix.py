@@ -347,13 +347,13 @@ KINDS += [
 KINDS += [
     Kind(
         "associative",
-        {"past": ml.AssociativeMemoryConfig(n_tokens=2, segment_length=SEGMENT, key_dim=6, nu=2)},
+        {"past": ml.AssociativeMemoryConfig(n_tokens=3, segment_length=SEGMENT, key_dim=16)},
     ),
     Kind(
         "associative_plain",
         {
             "past": ml.AssociativeMemoryConfig(
-                n_tokens=3, segment_length=SEGMENT, key_dim=8, nu=3, layers=[0], correction=False
+                n_tokens=2, segment_length=SEGMENT, key_dim=12, nu=4, layers=[0], correction=False
             )
         },
         only=UNLIKE,
