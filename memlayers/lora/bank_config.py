@@ -31,4 +31,4 @@ class LoRABankConfig(Strict):
     seed: int = Field(0, ge=0)
     router: Literal["input", "output"] = "input"
     router_length: int = Field(32, ge=1)
-    temperature: float = Field(0.05, gt=0)
+    temperature: float = Field(0.01, gt=0)

@@ -55,7 +55,7 @@ class BankReader:
         return self._reading(manifests)
 
     def route(
-        self, questions: Sequence[str], *, groups: Sequence[Sequence[str]], top_k: int = 2
+        self, questions: Sequence[str], *, groups: Sequence[Sequence[str]], top_k: int = 1
     ) -> Sequence[Route]:
         """The shards that answer each question, best first, with the weights by which `read` mixes them.
 
@@ -64,7 +64,8 @@ class BankReader:
         Args:
             questions: texts.
             groups: for each question, the groups that its asker may read; a row without any gets no shard.
-            top_k: shards a question, at most.
+            top_k: shards a question, at most. Several answer worse than the best one where the router finds it (see
+                eval/results/lora_bank.md); they help where a question needs several.
 
         Raises:
             ValueError: a group that is not in the bank; not a row of groups for each question; top_k below 1; a
@@ -74,7 +75,7 @@ class BankReader:
         return self._reading(lambda index: self._routes(index, questions, groups, top_k))
 
     def read(
-        self, questions: Sequence[str], *, groups: Sequence[Sequence[str]], top_k: int = 2
+        self, questions: Sequence[str], *, groups: Sequence[Sequence[str]], top_k: int = 1
     ) -> MemoryState:
         """What the bank has on each question, as a state for `forward` and `generate`.
 

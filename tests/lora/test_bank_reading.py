@@ -36,11 +36,11 @@ def test_a_shard_that_may_not_be_read_changes_nothing(everywhere):
         assert all(torch.equal(x, other["notes"][field]) for field, x in state["notes"].items())
         assert torch.equal(logits(everywhere, state), logits(everywhere, other))
     assert (
-        bank.route(QUESTIONS, groups=[["red"], ["blue", "red"]])[0]
-        == without.route(QUESTIONS[:1], groups=[["red"]])[0]
+        bank.route(QUESTIONS, groups=[["red"], ["blue", "red"]], top_k=2)[0]
+        == without.route(QUESTIONS[:1], groups=[["red"]], top_k=2)[0]
     ), "the rights of another row change nothing"
     assert not torch.equal(
-        logits(everywhere, state), logits(everywhere, bank.read(QUESTIONS, groups=[["blue"]] * 2))
+        logits(everywhere, state), logits(everywhere, bank.read(QUESTIONS, groups=[["blue"]] * 2, top_k=2))
     )
 
 
@@ -51,10 +51,10 @@ def test_a_broken_shard_is_nobodys_trouble_but_its_readers(makes):
     for path in shard_files(bank, "b").values():
         path.write_bytes(b"broken")
     reader = makes.open()
-    assert reader.route(QUESTIONS, groups=[["red"]] * 2) == [[("a", 1.0)]] * 2
+    assert reader.route(QUESTIONS, groups=[["red"]] * 2, top_k=2) == [[("a", 1.0)]] * 2
     assert reader.list(["red"])[0].name == "a"
     with pytest.raises(ValueError, match=r"manifest\.json"):
-        reader.route(QUESTIONS, groups=[["blue"], ["red"]])
+        reader.route(QUESTIONS, groups=[["blue"], ["red"]], top_k=2)
 
 
 def test_a_group_that_is_not_there(makes):
@@ -62,8 +62,8 @@ def test_a_group_that_is_not_there(makes):
     bank.add(some("menu"), "red", "a")
     bank.add(some("secret"), "blue", "b")
     for ask in (
-        lambda: bank.route(QUESTIONS, groups=[["red"], ["green"]]),
-        lambda: bank.read(QUESTIONS, groups=[["green"], ["red"]]),
+        lambda: bank.route(QUESTIONS, groups=[["red"], ["green"]], top_k=2),
+        lambda: bank.read(QUESTIONS, groups=[["green"], ["red"]], top_k=2),
         lambda: bank.list(["green"]),
     ):
         with pytest.raises(ValueError, match="no group 'green'") as error:
@@ -74,11 +74,11 @@ def test_a_group_that_is_not_there(makes):
 def test_a_row_without_rights_reads_the_model_as_it_is(makes):
     bank = makes.new()
     bank.add(some("menu"), "red", "a")
-    state = bank.read(QUESTIONS, groups=[[], ["red"]])
+    state = bank.read(QUESTIONS, groups=[[], ["red"]], top_k=2)
     plain = makes.model(torch.tensor([[1, 300, 301, 302, 303]] * 2)).logits
     near(logits(makes, state)[0], plain[0])
     assert (logits(makes, state)[1] - plain[1]).abs().max() > 1e-2
-    assert bank.route(QUESTIONS, groups=[[], []]) == [[], []]
+    assert bank.route(QUESTIONS, groups=[[], []], top_k=2) == [[], []]
 
 
 # mixing
@@ -90,15 +90,20 @@ def test_rows_of_different_rights_and_shards_in_one_forward(everywhere):
         bank.add(some(name), group, name)
     rights = [["red"], ["red", "blue"], ["green"], []]
     questions = [*QUESTIONS, "Who comes in May?", "And who goes?"]
-    state = bank.read(questions, groups=rights)
+    state = bank.read(questions, groups=rights, top_k=2)
     assert state["notes"][next(iter(state["notes"]))].shape[:2] == (4, 4)
     together = logits(everywhere, state, rows=4)
     for row, (question, own) in enumerate(zip(questions, rights)):
-        alone = bank.read([question], groups=[own])
+        alone = bank.read([question], groups=[own], top_k=2)
         assert all(torch.equal(x[0], state["notes"][f][row]) for f, x in alone["notes"].items())
         near(together[row], logits(everywhere, alone, rows=1)[0])
     assert (
-        len({tuple(names) for names in ([n for n, _ in row] for row in bank.route(questions, groups=rights))})
+        len(
+            {
+                tuple(names)
+                for names in ([n for n, _ in row] for row in bank.route(questions, groups=rights, top_k=2))
+            }
+        )
         == 4
     )
 
@@ -123,7 +128,7 @@ def test_a_mixture_is_the_weighted_sum(makes):
 def test_a_state_of_the_bank_generates_and_is_saved(makes):
     bank = makes.new()
     bank.add(some("menu"), "red")
-    state = bank.read(QUESTIONS, groups=[["red"], []])
+    state = bank.read(QUESTIONS, groups=[["red"], []], top_k=2)
     state.save(makes.folder / "state.safetensors")
     loaded = ml.MemoryState.load(makes.folder / "state.safetensors")
     ids = torch.tensor([[1, 300, 301]] * 2)
@@ -186,10 +191,10 @@ def test_an_encoder_of_the_user(makes):
         makes.open()
     wide = makes.open(encoder=lambda texts: torch.ones(len(texts), 4))
     with pytest.raises(ValueError, match=says("4 wide", "the encoder that it was made with")):
-        wide.route(QUESTIONS, groups=[["red"]] * 2)
+        wide.route(QUESTIONS, groups=[["red"]] * 2, top_k=2)
     odd = makes.open(encoder=lambda texts: torch.ones(3))
     with pytest.raises(ValueError, match=says("(3,)", "(1, d)")):
-        odd.route(QUESTIONS, groups=[["red"]] * 2)
+        odd.route(QUESTIONS, groups=[["red"]] * 2, top_k=2)
 
 
 def test_beside_another_lora_memory(tokenizer, tmp_path):
@@ -197,6 +202,6 @@ def test_beside_another_lora_memory(tokenizer, tmp_path):
     ml.attach(model, ml.LoRAMemoryConfig(r=3), name="other")
     bank = ml.LoRABank.create(tmp_path / "bank", model, tokenizer, memory="notes", config=CONFIG)
     bank.add(some("menu"), "red", progress=True)
-    state = bank.read(QUESTIONS, groups=[["red"], []])
+    state = bank.read(QUESTIONS, groups=[["red"], []], top_k=2)
     assert set(state.fields) == {"notes", "other"}
     assert model(torch.tensor([[1, 300]] * 2), memory_state=state).logits.isfinite().all()
