@@ -22,12 +22,12 @@ SMALL_OUTER = {"r": 2, "batch": 2, "length": 64}
 
 
 def test_peft_takes_the_same_steps():
-    """The losses before every step, and after the last, are those of ours. AdamW divides by the gradient's size, so that
+    """The loss before every step is that of ours. AdamW divides by the gradient's size, so that
     rounding grows a little from step to step."""
     base, ids = lora.random_base(**SMALL, device="cpu"), torch.randint(lora.VOCAB, (1, 25))
     segments = of_text(ids, torch.ones_like(ids).bool(), 8)
     labels = segments.ids[0].masked_fill(~segments.learned[0], -100)
-    theirs, ours = [], []
+    ours = []
     for steps in range(4):
         model = lora.with_memory(base, steps=steps, segment_length=8)
         ours.append(row_losses(model, segments, ml.write(model, ids)).item())
