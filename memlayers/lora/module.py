@@ -28,13 +28,16 @@ class LoRAAdapter(nn.Module):
         precise = torch.promote_types(self.A.dtype, torch.float32)
         return tuple(x.to(precise).expand(batch_size, -1, -1) for x in (self.A, self.B))
 
-    def forward(self, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        """What the adapters add.
+    def forward(
+        self, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, onto: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """What the adapters add, or `onto` with that added.
 
         Args:
             x: (rows, tokens, in_features); rows = n · batch where n rows in a row share an adapter.
             a: (batch, r, in_features).
             b: (batch, out_features, r). Ranks may differ from the config's: adapters that are mixed stand side by side.
+            onto: (rows, tokens, out_features), what the linear layer gave out for x; not changed.
 
         Returns:
             (rows, tokens, out_features) in x's dtype.
@@ -46,11 +49,11 @@ class LoRAAdapter(nn.Module):
             raise ValueError(
                 f"x has shape {tuple(x.shape)}, the adapters of {a.shape[0]} rows take (rows, tokens, {a.shape[2]})"
             )
-        joined = x.to(a.dtype).reshape(a.shape[0], -1, x.shape[2])
-        added = torch.bmm(
-            torch.bmm(joined, a.mT) * self.scaling, b.mT
-        )  # r numbers a token are scaled, not all
-        return added.view(*x.shape[:2], -1).to(x.dtype)
+        inner = torch.bmm(x.to(a.dtype).reshape(a.shape[0], -1, x.shape[2]), a.mT)
+        if onto is None:
+            return torch.bmm(inner * self.scaling, b.mT).view(*x.shape[:2], -1).to(x.dtype)
+        rows = onto.to(a.dtype).reshape(a.shape[0], -1, onto.shape[2])
+        return torch.baddbmm(rows, inner, b.mT, alpha=self.scaling).view(onto.shape).to(onto.dtype)
 
     def extra_repr(self) -> str:
         r, in_features = self.A.shape

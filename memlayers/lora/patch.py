@@ -76,21 +76,28 @@ class LoRAMemories(Memory):
         return self.writer.write(model, name, segments, state, **options)
 
     def check_state(self, fields: Fields, name: str) -> None:
-        expected = self.new_state(1)
+        expected = {
+            f"{layer}.{field}": parameter.shape
+            for layer, adapter in self.named_adapters()
+            for field, parameter in (("lora_A", adapter.A), ("lora_B", adapter.B))
+        }
         if set(fields) != set(expected):
             odd = sorted(set(fields) ^ set(expected))[:3]
             raise ValueError(
                 f"memory {name!r}: the state and this memory adapt other layers, {', '.join(odd)} among them; it was "
                 "written by another memory"
             )
-        for field, tensor in expected.items():
-            width, rank = (2, 1) if field.endswith("lora_A") else (1, 2)
+        for field, shape in expected.items():
+            width, rank = (1, 0) if field.endswith("lora_A") else (0, 1)
             got, other = fields[field], fields[field.replace("lora_B", "lora_A")]
-            if got.dim() != 3 or got.shape[width] != tensor.shape[width] or got.shape[rank] != other.shape[1]:
+            if (
+                got.dim() != 3
+                or got.shape[1 + width] != shape[width]
+                or got.shape[1 + rank] != other.shape[1]
+            ):
                 raise ValueError(
                     f"memory {name!r}: field {field!r} of the state has shape {tuple(got.shape)}, this memory needs "
-                    f"{tensor.shape[width]} for {tensor.shape[rank]} (the rank, the same in both); it was written by "
-                    "another memory"
+                    f"{shape[width]} for {shape[rank]} (the rank, the same in both); it was written by another memory"
                 )
 
 
@@ -106,7 +113,8 @@ class _Add:
         if name is None:
             return None
         fields = run.before[name]
-        return output + self.adapter(args[0], fields[f"{self.layer}.lora_A"], fields[f"{self.layer}.lora_B"])
+        a, b = fields[f"{self.layer}.lora_A"], fields[f"{self.layer}.lora_B"]
+        return self.adapter(args[0], a, b, onto=output)
 
 
 def _enter(block: nn.Module, args: tuple, kwargs: dict) -> None:
