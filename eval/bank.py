@@ -32,13 +32,12 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from pydantic import Field, model_validator
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer
 
 import memlayers as ml
-from memlayers.config import ConfigError, Strict
 from memlayers.eval import bank_report
+from memlayers.eval.bank_config import BankEvalConfig
 from memlayers.eval.bank_items import PROMPTS, Asked, Documents
 from memlayers.eval.models import load_plain
 from memlayers.eval.regimes import Asker
@@ -48,57 +47,6 @@ from memlayers.tasks.facts import said_object
 from memlayers.yaml_config import load_yaml
 
 MEMORY = "notes"
-
-
-class BankEvalConfig(Strict):
-    """What is measured.
-
-    Attributes:
-        model: folder or hub id of a plain checkpoint.
-        n_documents, facts_per_document: each document is a shard.
-        n_deleted: documents that are deleted.
-        memory: of a shard. The one LoRA has n_documents times its r, and the same lora_alpha / r.
-        bank: how shards are trained and found; its `seed` gives way to `seeds`.
-        one_learning_rate: of the one LoRA, whose best is another than a shard's.
-        top_k: shards that are mixed.
-        temperatures: also asked with these in place of the bank's, of the first top_k above 1.
-        seeds: of documents, training and what is deleted.
-        batch_size: questions of a batch.
-        resamples: of the bootstrap.
-    """
-
-    model: str
-    n_documents: int = Field(40, ge=2)
-    facts_per_document: int = Field(3, ge=1, le=5)
-    n_deleted: int = Field(10, ge=1)
-    memory: ml.LoRAMemoryConfig = ml.LoRAMemoryConfig()
-    bank: ml.LoRABankConfig = ml.LoRABankConfig()
-    one_learning_rate: float = Field(5e-3, gt=0)
-    top_k: list[Annotated[int, Field(ge=1)]] = Field([1, 2, 3], min_length=1)
-    temperatures: list[Annotated[float, Field(gt=0)]] = []
-    seeds: list[Annotated[int, Field(ge=0)]] = Field([0, 1, 2], min_length=1)
-    batch_size: int = Field(120, ge=1)
-    resamples: int = Field(2000, ge=100)
-
-    @model_validator(mode="after")
-    def _fits_together(self):
-        if self.n_deleted >= self.n_documents:
-            raise ConfigError(f"n_deleted: {self.n_deleted} of {self.n_documents} documents leave none")
-        for field in ("top_k", "seeds", "temperatures"):
-            values = getattr(self, field)
-            if len(set(values)) < len(values):
-                raise ConfigError(f"{field}: {values} names a value twice")
-        if self.temperatures and max(self.top_k) == 1:
-            raise ConfigError("temperatures: with a single shard there is nothing to weigh; put 2 into top_k")
-        return self
-
-    @property
-    def one(self) -> ml.LoRAMemoryConfig:
-        """The memory of the one LoRA."""
-        n = self.n_documents
-        return self.memory.model_copy(
-            update={"r": n * self.memory.r, "lora_alpha": n * self.memory.lora_alpha}
-        )
 
 
 def evaluate(config: BankEvalConfig, output_dir: str | Path, progress: bool = True) -> list[dict]:
@@ -176,8 +124,7 @@ class Trial:
         kept = [item for item in documents.questions if item.document not in self.gone]
         self.ask("own shard, after deletion", bank, kept, 1, {d: [d] for d in documents.texts})
         left = {d: text for d, text in documents.texts.items() if d not in self.gone}
-        with self._timed("forget all: one LoRA, trained again"):
-            again = self.one_lora(folder / "again", left)
+        again = self.one_lora(folder / "again", left)
         self.ask("one LoRA, after deletion", again, documents.questions, 1)
         routing["after"] = self.routing(bank, kept)
         return {
@@ -185,6 +132,8 @@ class Trial:
             "deletion": {
                 "documents": sorted(self.gone),
                 "files_of_kept_shards_identical": all(before[name] == after[name] for name in after),
+                "answers_of_kept_shards_identical": self._said("own shard")
+                == self._said("own shard, after deletion"),
                 "shards_left": len(bank.list()),
             },
         }
@@ -223,10 +172,8 @@ class Trial:
         return Asker(model, self.tokenizer, self.config.batch_size, margin=0)
 
     # asking
-    def ask(
-        self, arm: str, bank: ml.LoRABank, asked: Sequence[Asked], top_k: int, readable=None
-    ) -> list[str]:
-        """What `bank` answers; noted in `rows`.
+    def ask(self, arm: str, bank: ml.LoRABank, asked: Sequence[Asked], top_k: int, readable=None) -> None:
+        """Note in `rows` what `bank` answers.
 
         readable: document -> groups that its asker may read; default: all of them.
         """
@@ -238,14 +185,14 @@ class Trial:
             state = bank.read([item.text for item in part], groups=groups, top_k=top_k)
             return asker.of_state(state, samples)
 
-        return self._note(arm, asked, said)
+        self._note(arm, asked, said)
 
     def _ask_base(self, asked: Sequence[Asked]) -> None:
         asker = self.askers["shard"]
         with ml.disabled(asker.model):
             self._note("base", asked, lambda part, samples: [text for (text,) in asker.in_one_call(samples)])
 
-    def _note(self, arm: str, asked: Sequence[Asked], said) -> list[str]:
+    def _note(self, arm: str, asked: Sequence[Asked], said) -> None:
         """Ask in batches of questions of about the same length, and keep a row a question."""
         order = sorted(range(len(asked)), key=lambda at: len(asked[at].question.ids))
         answers = [""] * len(asked)
@@ -256,7 +203,6 @@ class Trial:
             for at, text in zip(places, said(part, samples)):
                 answers[at] = said_object(text)
         self.rows += [self._row(arm, item, answer) for item, answer in zip(asked, answers)]
-        return answers
 
     def _row(self, arm: str, item: Asked, answer: str) -> dict:
         known = item.document in self.documents.texts
@@ -272,6 +218,10 @@ class Trial:
             "answer": item.fact.object,
             "correct": answer == item.fact.object,
         }
+
+    def _said(self, arm: str) -> list[str]:
+        """What an arm answers about the documents that are kept."""
+        return [row["prediction"] for row in self.rows if row["arm"] == arm and row["part"] == "kept"]
 
     def routing(self, bank: ml.LoRABank, asked: Sequence[Asked] | None = None) -> dict:
         """Share of questions whose own shard the router has first, and among its first three."""
@@ -290,15 +240,16 @@ class Trial:
         return found
 
     def _temperatures(self, path: Path) -> dict:
-        """Temperature -> prompts -> cell, of the same shards mixed with other weights."""
+        """Temperature -> cell of the held-out prompts, of the same shards mixed with other weights."""
         top_k = next((k for k in self.config.top_k if k > 1), 1)
         bank = ml.LoRABank.open(path, self.askers["shard"].model, self.tokenizer, memory=MEMORY)
+        asked = [item for item in self.documents.questions if item.prompts == "held_out"]
         found, rows = {}, self.rows
         for temperature in self.config.temperatures:
             bank.config = bank.config.model_copy(update={"temperature": temperature})
             self.rows = []  # these are no arm
-            self.ask(f"temperature {temperature}", bank, self.documents.questions, top_k)
-            found[str(temperature)] = {p: bank_report.cell(self.rows, prompts=p) for p in PROMPTS}
+            self.ask(f"temperature {temperature}", bank, asked, top_k)
+            found[str(temperature)] = bank_report.cell(self.rows)
         self.rows = rows
         return {"top_k": top_k, "cells": found}
 

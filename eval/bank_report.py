@@ -176,21 +176,25 @@ def _routing(reports: Sequence[dict]):
 def _temperatures(reports: Sequence[dict]) -> list[str]:
     block, used = reports[0]["routing"]["temperatures"], reports[0]["config"]["bank"]["temperature"]
     path = ["routing", "temperatures", "cells"]
-    rows = [[t, *(_text(reports, [*path, t, p]) for p in PROMPTS)] for t in block["cells"]]
-    head = ["temperature", *TITLES.values()]
+    rows = [[t, _text(reports, [*path, t])] for t in block["cells"]]
+    head = ["temperature", TITLES["held_out"]]
     told = f"top-{block['top_k']} with other weights: the softmax of scores / temperature (the bank's own: {used:g})."
     return ["", told, "", *table(head, rows)]
 
 
 def _deletion(reports: Sequence[dict], pooled: dict) -> list[str]:
     n = reports[0]["config"]["n_deleted"]
-    same = all(report["deletion"]["files_of_kept_shards_identical"] for report in reports)
+    same = [
+        all(r["deletion"][f"{what}_of_kept_shards_identical"] for r in reports)
+        for what in ("files", "answers")
+    ]
     lines = [
         "",
         f"## Deletion of {n} documents",
         "",
-        f"The files of the shards that stay are {'byte for byte' if same else 'NOT'} those of before. The one LoRA is "
-        "trained again on the documents that stay, with as many steps for each.",
+        f"The files of the shards that stay are {'' if same[0] else 'NOT '}byte for byte those of before, and what each "
+        f"says about its own document is {'' if same[1] else 'NOT '}the same. The one LoRA is trained again on the "
+        "documents that stay, with as many steps for each.",
     ]
     for part in ("kept", "deleted"):
         lines += ["", f"Questions about the documents that are {part}:", ""]
