@@ -25,6 +25,7 @@ class BankEvalConfig(Strict):
         seeds: of documents, training and what is deleted.
         batch_size: questions of a batch.
         resamples: of the bootstrap.
+        note: for the report, how the settings were chosen.
     """
 
     model: str
@@ -39,6 +40,7 @@ class BankEvalConfig(Strict):
     seeds: list[Annotated[int, Field(ge=0)]] = Field([0, 1, 2], min_length=1)
     batch_size: int = Field(120, ge=1)
     resamples: int = Field(2000, ge=100)
+    note: str = ""
 
     @model_validator(mode="after")
     def _fits_together(self):

@@ -34,8 +34,8 @@ class Asked:
 class Documents:
     """`n` documents of `facts_per_document` facts, and questions; the same for the same seed and tokenizer.
 
-    Attributes: `texts`: document -> text. `questions`: about the documents, all prompts of all facts. `strangers`: as
-    many about subjects of none. `chance`: share that a guess among a relation's objects gets right.
+    Attributes: `texts`: document -> text. `questions`: about the documents, all prompts of all facts. `strangers`: held-out
+    prompts about as many subjects of none. `chance`: share that a guess among a relation's objects gets right.
     Raises `ValueError` when the tokenizer cannot spell the facts.
     """
 
@@ -48,10 +48,9 @@ class Documents:
         self.chance = self.task.chance
         about = _by_subject("document", self.task.first, facts_per_document)
         self.texts = {document: self._text(document, own, seed) for document, own in about.items()}
-        self.questions = self._questions(about)
-        self.strangers = self._questions(
-            _by_subject("stranger", self.task.neighbours, facts_per_document),
-        )
+        self.questions = self._questions(about, PROMPTS)
+        strangers = _by_subject("stranger", self.task.neighbours, facts_per_document)
+        self.strangers = self._questions(strangers, ("held_out",))
 
     def _text(self, document: str, facts: Sequence[Fact], seed: int) -> str:
         sentences = [
@@ -62,10 +61,10 @@ class Documents:
         random.Random(f"memlayers:documents:{seed}:{document}").shuffle(sentences)
         return " ".join(sentences)
 
-    def _questions(self, about: dict[str, list[Fact]]) -> list[Asked]:
+    def _questions(self, about: dict[str, list[Fact]], kinds: Sequence[str]) -> list[Asked]:
         asked = []
         for document, facts in about.items():
-            for prompts in PROMPTS:
+            for prompts in kinds:
                 for fact, questions in zip(facts, self.task.questions(facts, prompts)):
                     texts = [
                         t.format(subject=fact.subject) for t in self.task.templates(fact.relation, prompts)

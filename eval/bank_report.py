@@ -41,7 +41,8 @@ def measured(rows: Sequence[dict], top_k: Sequence[int], resamples: int, seed: i
         for part, names in PARTS.items():
             in_part = [row for row in own if row["part"] in names]
             if len({row["part"] for row in in_part}) == len(names):
-                cells = {prompts: cell(in_part, prompts=prompts) for prompts in PROMPTS}
+                kinds = {row["prompts"] for row in in_part}
+                cells = {prompts: cell(in_part, prompts=prompts) for prompts in PROMPTS if prompts in kinds}
                 accuracy.setdefault(arm, {})[part] = cells
     arms = [f"top-{k}" for k in top_k]
     gain = {arm: {p: _gain(rows, arm, p, resamples, seed) for p in PROMPTS} for arm in arms}
@@ -114,7 +115,7 @@ def markdown(reports: Sequence[dict], pooled: dict) -> str:
         f"{config['bank']['segment_length']} tokens for both.",
         "",
         f"Greedy answers without any context, exact.{per_seed} then Wilson's 95 % interval for all documents together. "
-        f"A guess among the objects of a relation is right at {first['chance']:.3f}.",
+        f"A guess among the objects of a relation is right at {first['chance']:.3f}. {config['note']}".rstrip(),
     ]
     for part, title in (("all", "Recall"), ("stranger", "False recall: subjects of no document")):
         lines += ["", f"## {title}", "", *_arms(reports, pooled, part, after=False)]
@@ -142,12 +143,13 @@ def markdown(reports: Sequence[dict], pooled: dict) -> str:
 
 
 def _arms(reports: Sequence[dict], pooled: dict, part: str, after: bool) -> list[str]:
+    arms = [arm for arm, cells in pooled["accuracy"].items() if part in cells and ("after" in arm) <= after]
+    kinds = [p for p in PROMPTS if p in pooled["accuracy"][arms[0]][part]]
     rows = [
-        [arm, *(_text(reports, ["accuracy", arm, part, p], cells[part][p]) for p in PROMPTS)]
-        for arm, cells in pooled["accuracy"].items()
-        if part in cells and ("after" in arm) <= after
+        [arm, *(_text(reports, ["accuracy", arm, part, p], pooled["accuracy"][arm][part][p]) for p in kinds)]
+        for arm in arms
     ]
-    return table(["arm", *TITLES.values()], rows)
+    return table(["arm", *(TITLES[p] for p in kinds)], rows)
 
 
 def _text(reports: Sequence[dict], path: Sequence[str], pooled: dict | None = None) -> str:

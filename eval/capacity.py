@@ -48,6 +48,7 @@ class CapacityConfig(Strict):
         lengths: tokens of a text.
         memory: targets, and how it is written: steps, rate, segments.
         seeds: of texts and of the adapters' starts.
+        note: for the report, how the settings were chosen.
     """
 
     model: str
@@ -55,6 +56,7 @@ class CapacityConfig(Strict):
     lengths: list[Annotated[int, Field(ge=1)]] = Field([256, 1024], min_length=1)
     memory: ml.LoRAMemoryConfig = ml.LoRAMemoryConfig()
     seeds: list[Annotated[int, Field(ge=0)]] = Field([0, 1, 2], min_length=1)
+    note: str = ""
 
     @model_validator(mode="after")
     def _fits_together(self):
@@ -197,7 +199,8 @@ def markdown(reports: Sequence[dict]) -> str:
         f"{writer['steps']} steps of {writer['optimizer']} at rate {writer['learning_rate']:g} over all of the text, in "
         f"segments of {writer['segment_length']} tokens; modules: {where_told[0]}, layers: {where_told[1]}. Remembered: "
         "tokens that are the most likely ones behind those before them in their segment, less what the base alone gets "
-        "right; loss in nats a token. Other text: tokens of another random text that the same adapter gets right.",
+        f"right; loss in nats a token. Other text: tokens of another random text that the same adapter gets right. "
+        f"{config['note']}".rstrip(),
     ]
     for length in config["lengths"]:
         lines += ["", f"## {length:,} tokens", ""]
