@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import operator
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -71,7 +73,7 @@ def write(report: dict, samples: Sequence[dict], folder: Path) -> None:
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in samples)
     write_text(folder / "samples.jsonl", lines)
     write_whole(folder / "recall.png", lambda path: picture(report["accuracy"], report["chance"], path))
-    write_text(folder / "report.md", markdown([report], report))
+    write_text(folder / "report.md", markdown([report], report["gain"]))
     write_text(folder / "report.json", json.dumps(report, indent=2) + "\n")
 
 
@@ -94,11 +96,11 @@ def write_summary(folder: Path) -> None:
     rows, config = [json.loads(line) for line in lines], shown[0]
     pooled = measured(rows, config["top_k"], config["resamples"], seed=0)
     write_whole(folder / "recall.png", lambda path: picture(pooled["accuracy"], reports[0]["chance"], path))
-    write_text(folder / "summary.md", markdown(reports, pooled))
+    write_text(folder / "summary.md", markdown(reports, pooled["gain"]))
 
 
-def markdown(reports: Sequence[dict], pooled: dict) -> str:
-    """Tables of one report, or of several and what was measured over all their questions."""
+def markdown(reports: Sequence[dict], gain: dict) -> str:
+    """Tables of one report, or of several; `gain` over all their questions."""
     first = reports[0]
     config, documents = first["config"], first["documents"]
     seeds = ", ".join(str(report["config"]["seed"]) for report in reports)
@@ -117,11 +119,16 @@ def markdown(reports: Sequence[dict], pooled: dict) -> str:
         f"Greedy answers without any context, exact.{per_seed} then Wilson's 95 % interval for all documents together. "
         f"A guess among the objects of a relation is right at {first['chance']:.3f}. {config['note']}".rstrip(),
     ]
-    for part, title in (("all", "Recall"), ("stranger", "False recall: subjects of no document")):
-        lines += ["", f"## {title}", "", *_arms(reports, pooled, part, after=False)]
+    lines += ["", "## Recall", "", *_arms(reports, "all", after=False)]
     lines += ["", "Less the one LoRA, on the same questions (bootstrap over documents):", ""]
-    rows = [[a, *(_gain_text(cells[p]) for p in PROMPTS)] for a, cells in pooled["gain"].items()]
+    rows = [[arm, *(_gain_text(cells[p]) for p in PROMPTS)] for arm, cells in gain.items()]
     lines += table(["arm", *TITLES.values()], rows)
+    lines += [
+        "",
+        "False recall, about subjects of no document:",
+        "",
+        *_arms(reports, "stranger", after=False),
+    ]
     lines += [
         "",
         "## Routing",
@@ -132,7 +139,7 @@ def markdown(reports: Sequence[dict], pooled: dict) -> str:
     lines += table(["", *TITLES.values()], list(_routing(reports)))
     if config["temperatures"]:
         lines += _temperatures(reports)
-    lines += _deletion(reports, pooled)
+    lines += _deletion(reports)
     lines += ["", "## Seconds of the CPU", ""]
     lines += table(
         ["", "each"], [[name, over_seeds(_seconds(reports, name), "mean", 2)] for name in first["seconds"]]
@@ -142,26 +149,20 @@ def markdown(reports: Sequence[dict], pooled: dict) -> str:
     return "\n".join(lines)
 
 
-def _arms(reports: Sequence[dict], pooled: dict, part: str, after: bool) -> list[str]:
-    arms = [arm for arm, cells in pooled["accuracy"].items() if part in cells and ("after" in arm) <= after]
-    kinds = [p for p in PROMPTS if p in pooled["accuracy"][arms[0]][part]]
-    rows = [
-        [arm, *(_text(reports, ["accuracy", arm, part, p], pooled["accuracy"][arm][part][p]) for p in kinds)]
-        for arm in arms
-    ]
+def _arms(reports: Sequence[dict], part: str, after: bool) -> list[str]:
+    accuracy = reports[0]["accuracy"]
+    arms = [arm for arm, cells in accuracy.items() if part in cells and ("after" in arm) <= after]
+    kinds = [prompts for prompts in PROMPTS if prompts in accuracy[arms[0]][part]]
+    rows = [[arm, *(_text(reports, ["accuracy", arm, part, p]) for p in kinds)] for arm in arms]
     return table(["arm", *(TITLES[p] for p in kinds)], rows)
 
 
-def _text(reports: Sequence[dict], path: Sequence[str], pooled: dict | None = None) -> str:
-    """Mean over seeds of the cell at `path`, and the interval of the pooled one."""
-    cells = []
-    for found in reports:
-        for name in path:
-            found = found[name]
-        cells.append(found)
-    pooled = pooled or (cells[0] if len(cells) == 1 else None)
-    interval = f" [{pooled['ci_low']:.3f}, {pooled['ci_high']:.3f}]" if pooled else ""
-    return over_seeds(cells, "accuracy", 3) + interval
+def _text(reports: Sequence[dict], path: Sequence[str]) -> str:
+    """Mean over seeds of the cell at `path`, and Wilson's interval for the documents of all seeds."""
+    cells = [functools.reduce(operator.getitem, path, report) for report in reports]
+    right, documents = sum(c["accuracy"] * c["documents"] for c in cells), sum(c["documents"] for c in cells)
+    low, high = wilson(round(right), documents)
+    return f"{over_seeds(cells, 'accuracy', 3)} [{low:.3f}, {high:.3f}]"
 
 
 def _gain_text(found: dict) -> str:
@@ -184,7 +185,7 @@ def _temperatures(reports: Sequence[dict]) -> list[str]:
     return ["", told, "", *table(head, rows)]
 
 
-def _deletion(reports: Sequence[dict], pooled: dict) -> list[str]:
+def _deletion(reports: Sequence[dict]) -> list[str]:
     n = reports[0]["config"]["n_deleted"]
     same = [
         all(r["deletion"][f"{what}_of_kept_shards_identical"] for r in reports)
@@ -200,7 +201,7 @@ def _deletion(reports: Sequence[dict], pooled: dict) -> list[str]:
     ]
     for part in ("kept", "deleted"):
         lines += ["", f"Questions about the documents that are {part}:", ""]
-        lines += _arms(reports, pooled, part, after=True)
+        lines += _arms(reports, part, after=True)
     return lines
 
 
