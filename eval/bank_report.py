@@ -7,6 +7,7 @@ import json
 import operator
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import mean
 
 from memlayers.eval.bank_items import PROMPTS
 from memlayers.eval.statistics import paired_bootstrap, wilson
@@ -104,11 +105,12 @@ def markdown(reports: Sequence[dict], gain: dict) -> str:
     first = reports[0]
     config, documents = first["config"], first["documents"]
     seeds = ", ".join(str(report["config"]["seed"]) for report in reports)
-    per_seed = " Mean over seeds (lowest to highest seed)," if len(reports) > 1 else " Share right,"
+    tokens = mean(report["documents"]["tokens"] for report in reports)
+    per_seed = "mean over seeds (lowest to highest seed)," if len(reports) > 1 else "share right,"
     lines = [
         "# A bank of LoRA shards beside one LoRA",
         "",
-        f"{config['model']}; seeds {seeds}; {documents['n']} documents a seed, each a shard, of {documents['tokens']:,} "
+        f"{config['model']}; seeds {seeds}; {documents['n']} documents a seed, each a shard, of {tokens:,.0f} "
         f"tokens together; {config['facts_per_document']} facts a document. Shards: rank {config['memory']['r']}, "
         f"{first['parameters']['shard']:,} parameters, {config['bank']['steps']} steps at rate "
         f"{config['bank']['learning_rate']:g}; the one LoRA: {first['parameters']['one']:,} parameters (all shards: "
@@ -116,7 +118,7 @@ def markdown(reports: Sequence[dict], gain: dict) -> str:
         f"{config['one_learning_rate']:g}, batches of {config['bank']['batch_size']} segments of "
         f"{config['bank']['segment_length']} tokens for both.",
         "",
-        f"Greedy answers without any context, exact.{per_seed} then Wilson's 95 % interval for all documents together. "
+        f"Greedy answers without any context, exact: {per_seed} then Wilson's 95 % interval for all documents together. "
         f"A guess among the objects of a relation is right at {first['chance']:.3f}. {config['note']}".rstrip(),
     ]
     lines += ["", "## Recall", "", *_arms(reports, "all", after=False)]
@@ -234,5 +236,5 @@ def picture(accuracy: dict, chance: float, path: str | Path) -> None:
         axis.set_title(titles.get(part, "all documents"), fontsize=10)
         axis.set_ylim(0, 1.03)
     figure.axes[0].set_ylabel("share right, without context")
-    figure.axes[0].legend(fontsize=8)
+    figure.axes[2].legend(fontsize=8)  # where bars are low
     figure.savefig(path, format="png", dpi=120)
