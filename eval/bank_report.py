@@ -11,7 +11,7 @@ from statistics import mean
 
 from memlayers.eval.bank_items import PROMPTS
 from memlayers.eval.statistics import paired_bootstrap, wilson
-from memlayers.eval.summary import over_seeds, table
+from memlayers.eval.summary import over_seeds, reports_of_seeds, table
 from memlayers.files import write_text, write_whole
 
 PARTS = {"all": ("kept", "deleted"), "kept": ("kept",), "deleted": ("deleted",), "stranger": ("stranger",)}
@@ -83,18 +83,10 @@ def write_summary(folder: Path) -> None:
 
     Raises `ValueError` where two of them were measured with different configs.
     """
-    paths = sorted(folder.glob("seed*/report.json"))
-    reports = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
-    shown = [{k: v for k, v in r["config"].items() if k not in ("seed", "seeds")} for r in reports]
-    for path, config in zip(paths, shown):
-        if config != shown[0]:
-            raise ValueError(
-                f"{path}: config differs from that of {paths[0]}; give another folder with --out"
-            )
-    lines = [
-        line for path in paths for line in (path.parent / "samples.jsonl").read_text("utf-8").splitlines()
-    ]
-    rows, config = [json.loads(line) for line in lines], shown[0]
+    reports = reports_of_seeds(folder)
+    config = reports[0]["config"]
+    samples = [folder / f"seed{report['config']['seed']}" / "samples.jsonl" for report in reports]
+    rows = [json.loads(line) for path in samples for line in path.read_text(encoding="utf-8").splitlines()]
     pooled = measured(rows, config["top_k"], config["resamples"], seed=0)
     write_whole(folder / "recall.png", lambda path: picture(pooled["accuracy"], reports[0]["chance"], path))
     write_text(folder / "summary.md", markdown(reports, pooled["gain"]))

@@ -30,7 +30,7 @@ import memlayers as ml
 from memlayers.config import ConfigError, Strict
 from memlayers.eval.models import load_plain
 from memlayers.eval.speed.timing import where
-from memlayers.eval.summary import over_seeds, table
+from memlayers.eval.summary import over_seeds, reports_of_seeds, table
 from memlayers.files import write_text, write_whole
 from memlayers.lora.segments import of_text
 from memlayers.tasks.fact_words import RELATIONS
@@ -179,9 +179,8 @@ def write(report: dict, samples: Sequence[dict], folder: Path) -> None:
 
 
 def write_summary(folder: Path) -> None:
-    """summary.md and capacity.png of all seeds in `folder`."""
-    paths = sorted(folder.glob("seed*/report.json"))
-    reports = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+    """summary.md and capacity.png of all seeds in `folder`; raises as `reports_of_seeds`."""
+    reports = reports_of_seeds(folder)
     write_whole(folder / "capacity.png", lambda path: picture(reports, path))
     write_text(folder / "summary.md", markdown(reports))
 
@@ -190,14 +189,14 @@ def markdown(reports: Sequence[dict]) -> str:
     """A table ranks × lengths."""
     first = reports[0]
     config, writer = first["config"], first["config"]["memory"]["writer"]
-    where_told = (config["memory"]["target_modules"] or "all linear", config["memory"]["layers"] or "all")
+    modules, layers = (config["memory"][name] or ["all"] for name in ("target_modules", "layers"))
     seeds = ", ".join(str(report["config"]["seed"]) for report in reports)
     lines = [
         "# Tokens that a LoRA adapter remembers, over its rank",
         "",
         f"{config['model']}; seeds {seeds}: mean (lowest to highest). Random tokens from {first['alphabet']}, written by "
         f"{writer['steps']} steps of {writer['optimizer']} at rate {writer['learning_rate']:g} over all of the text, in "
-        f"segments of {writer['segment_length']} tokens; modules: {where_told[0]}, layers: {where_told[1]}. Remembered: "
+        f"segments of {writer['segment_length']} tokens; modules: {', '.join(modules)}; layers: {', '.join(map(str, layers))}. Remembered: "
         "tokens that are the most likely ones behind those before them in their segment, less what the base alone gets "
         f"right; loss in nats a token. Other text: tokens of another random text that the same adapter gets right. "
         f"{config['note']}".rstrip(),
