@@ -73,14 +73,7 @@ class FromCheckpoint:
         return recorded.get("trained_from") if trained else recorded.get("name_or_path")
 
     def _plain(self, name: str):
-        try:
-            model = AutoModelForCausalLM.from_pretrained(name, dtype=self.config.dtype or "auto")
-        except (OSError, ValueError) as error:
-            raise FileNotFoundError(
-                f"the checkpoint {str(name)!r} cannot be loaded ({str(error).splitlines()[0]}); name it with model=, "
-                "or base= for the base of a wrapped one."
-            ) from None
-        return self._place(model)
+        return self._place(load_plain(name, self.config.dtype or "auto"))
 
     def _place(self, model):
         return model.to(self.config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -112,6 +105,17 @@ class InMemory:
         for name, memory in ml.memories(self._model).items():
             _attach_fresh(model, memory.config, name, self.seed)
         return model
+
+
+def load_plain(name: str, dtype: str = "auto"):
+    """The causal LM at `name`, a folder or hub id. Raises `FileNotFoundError` where it cannot be loaded."""
+    try:
+        return AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
+    except (OSError, ValueError) as error:
+        raise FileNotFoundError(
+            f"the checkpoint {str(name)!r} cannot be loaded ({str(error).splitlines()[0]}); name it with model=, "
+            "or base= for the base of a wrapped one."
+        ) from None
 
 
 def _attach_fresh(model, config, name: str, seed: int) -> None:

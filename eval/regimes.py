@@ -86,10 +86,11 @@ class Asker:
             ids, mask = self.pad_left([sample.context for sample in part])
             state = ml.write(self.model, ids, attention_mask=mask)
             for out, change in zip(texts, changes):
-                out += self._ask(changed(state, change), part)
+                out += self.of_state(changed(state, change), part)
         return [_by_haystack(out, samples) for out in texts]
 
-    def _ask(self, state: ml.MemoryState, samples: Sequence[Sample]) -> list[str]:
+    def of_state(self, state: ml.MemoryState, samples: Sequence[Sample]) -> list[str]:
+        """Each question of each sample, asked of a copy of the sample's row of `state`; a text a question."""
         rows = [(row, question) for row, sample in enumerate(samples) for question in sample.questions]
         texts = []
         for start in range(0, len(rows), self.batch_size):

@@ -65,6 +65,22 @@ def steps_of(log: Path) -> int:
     return json.loads(log.read_text(encoding="utf-8").splitlines()[-1])["step"]
 
 
+def reports_of_seeds(folder: Path) -> list[dict]:
+    """The report.json in every `seed*` of a folder, by name.
+
+    Raises `ValueError` where two of them were measured with different configs.
+    """
+    paths = sorted(folder.glob("seed*/report.json"))
+    reports = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+    configs = [{k: v for k, v in each["config"].items() if k not in ("seed", "seeds")} for each in reports]
+    for path, config in zip(paths, configs):
+        if config != configs[0]:
+            raise ValueError(
+                f"{path}: config differs from that of {paths[0]}; give another folder with --out"
+            )
+    return reports
+
+
 def over_seeds(cells: Iterable[dict], field: str, digits: int) -> str:
     """`mean (lowest to highest)` of `field`, or why there is none."""
     cells = list(cells)
