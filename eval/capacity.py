@@ -32,8 +32,8 @@ from memlayers.eval.models import load_plain
 from memlayers.eval.speed.timing import where
 from memlayers.eval.summary import over_seeds, reports_of_seeds, table
 from memlayers.files import write_text, write_whole
-from memlayers.lora.segments import of_text
 from memlayers.tasks.fact_words import RELATIONS
+from memlayers.writing import of_text
 from memlayers.yaml_config import load_yaml
 
 MEMORY = "notes"
