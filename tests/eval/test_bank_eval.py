@@ -22,8 +22,8 @@ SMALL = {
     "n_documents": 3,
     "facts_per_document": 1,
     "n_deleted": 1,
-    "memory": ml.LoRAMemoryConfig(r=2, lora_alpha=4.0),
-    "bank": ml.LoRABankConfig(steps=40, learning_rate=0.03, batch_size=8, segment_length=24),
+    "memory": ml.LoRAMemoryConfig(r=8, lora_alpha=16.0),
+    "bank": ml.LoRABankConfig(steps=60, learning_rate=0.01, batch_size=8, segment_length=24),
     "top_k": [1, 2],
     "temperatures": [0.01],
     "resamples": 100,
@@ -100,7 +100,7 @@ def test_every_arm(checkpoint, tmp_path):
         assert row["correct"] == (row["prediction"] == row["answer"])
     accuracy = report["accuracy"]
     own, other = (accuracy[arm]["all"]["trained"]["accuracy"] for arm in ("own shard", "another's shard"))
-    assert own > 0.3 > other  # 40 steps write some of a document into a shard
+    assert own > 0.3 > other  # 0.92, 0.83 and 0.58 with seeds 3 to 5
     assert accuracy["own shard, after deletion"]["kept"] == accuracy["own shard"]["kept"]
     deletion = report["deletion"]
     assert deletion["files_of_kept_shards_identical"] and deletion["answers_of_kept_shards_identical"]
