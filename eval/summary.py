@@ -31,6 +31,9 @@ from memlayers.eval.suites.facts_report import TITLES, cells_of
 from memlayers.eval.suites.mqar_report import flat
 from memlayers.files import write_text
 
+NOT_ASKED = "–"
+"""In a cell that an evaluation left out."""
+
 
 @dataclass(frozen=True)
 class Group:
@@ -106,16 +109,15 @@ def summary(groups: list[Group], suite: str) -> str:
     if suite in first.reports[0].get("mqar", {}):
         return mqar_summary(groups, suite)
     report, seeds = first.reports[0], ", ".join(f"{group.name}: {len(group.reports)}" for group in groups)
-    rows = [_row(group, group.name, "results", suite, "trained") for group in groups]
-    for arm in ("memory_off", "untrained"):
-        rows.append(_row(first, f"{first.name}: {arm}", "results", suite, arm))
-    for control in report["config"]["controls"]:
-        rows.append(_row(first, f"{first.name}: {control}", "controls", suite, control))
-    for arm in ("base", "base_cut"):
-        rows.append(
-            _row(replace(first, reports=[report]), f"original checkpoint: {arm}", "results", suite, arm)
-        )
-    lengths = report["results"][suite][first.regime]
+    original = replace(first, reports=[report])
+    lines = [(group, group.name, "results", "trained") for group in groups]
+    lines += [(first, f"{first.name}: {arm}", "results", arm) for arm in ("memory_off", "untrained")]
+    lines += [(first, f"{first.name}: {c}", "controls", c) for c in report["config"]["controls"]]
+    lines += [(original, f"original checkpoint: {arm}", "results", arm) for arm in ("base", "base_cut")]
+    asked = {length for g in groups for length in g.reports[0]["results"][suite][g.regime]}
+    lengths = sorted(asked, key=int)
+    rows = [_row(group, title, part, suite, arm, lengths) for group, title, part, arm in lines]
+    rows = [row for row in rows if set(row[2:]) != {NOT_ASKED}]
     lines = [
         f"# {suite}, window {report['config']['window']} tokens",
         "",
@@ -148,12 +150,15 @@ def steps_summary(groups: list[Group]) -> list[str]:
     return ["", "## Steps of training", "", *table(["", "steps"], rows)] if rows else []
 
 
-def _row(group: Group, title: str, part: str, suite: str, arm: str) -> list[str]:
-    lengths = group.reports[0]["results"][suite][group.regime]
-    measured = [
-        [report[part][suite][group.regime][length][arm] for report in group.reports] for length in lengths
+def _row(group: Group, title: str, part: str, suite: str, arm: str, lengths: list[str]) -> list[str]:
+    measured = [report[part][suite][group.regime] for report in group.reports]
+    cells = [
+        over_seeds([cells[length][arm] for cells in measured], "accuracy", 3)
+        if all(arm in cells.get(length, {}) for cells in measured)
+        else NOT_ASKED
+        for length in lengths
     ]
-    return [title, group.regime, *(over_seeds(cells, "accuracy", 3) for cells in measured)]
+    return [title, group.regime, *cells]
 
 
 def facts_summary(groups: list[Group], suite: str) -> str:

@@ -48,6 +48,22 @@ def test_table_of_two_trainings(tmp_path):
     assert "Seeds: ours: 2, other: 1." in text
 
 
+def test_an_evaluation_that_asked_less_leaves_cells_open(tmp_path):
+    """Each figure stands under its length, and arms that nobody asked have no row."""
+    for name, lengths in {"a": ("64",), "b": ("32", "128", "64")}.items():
+        (folder := tmp_path / name).mkdir()
+        made = report(0.5, 8.0)
+        cell = made["results"]["passkey"]["D"].pop("64")["trained"]
+        for length in lengths:
+            made["results"]["passkey"]["D"][length] = {"trained": {**cell, "accuracy": int(length) / 1000}}
+        del made["perplexity"]
+        (folder / "report.json").write_text(json.dumps(made))
+    text = summary([load_group(f"{name}@D={tmp_path}/{name}") for name in "ab"], "passkey")
+    assert "| 32 tokens | 64 tokens | 128 tokens |" in text
+    assert "| a | D | – | 0.064 | – |" in text and "| b | D | 0.032 | 0.064 | 0.128 |" in text
+    assert "untrained" not in text and "original checkpoint" not in text
+
+
 def test_missing_reports_are_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"ours: no report\.json"):
         load_group(f"ours@D={tmp_path}/nothing*")
