@@ -196,10 +196,10 @@ def test_readers_see_the_bank_before_or_after(makes, monkeypatch):
     )
 
 
-def test_only_one_writes(makes):
-    bank = makes.new()
+def test_only_one_writes(everywhere):
+    bank = everywhere.new()
     bank.add(some("menu"), "red", "a")
-    other = makes.open()
+    other = everywhere.open()
     with bank._store.locked():
         before = files(bank.path)
         for change in (
@@ -210,7 +210,7 @@ def test_only_one_writes(makes):
         ):
             with pytest.raises(ml.BankLocked, match=says(str(bank.path), "being changed by process", " on ")):
                 change()
-        assert makes.open().list() == other.list(), "readers do not wait"
+        assert everywhere.open().list() == other.list(), "readers do not wait"
         assert files(bank.path) == before
     other.add(some("visit"), "red", "b")
     bank.add(some("secret"), "red", "c")

@@ -33,7 +33,7 @@ def encoder(texts):
 
 
 @pytest.fixture
-def banks(makes, monkeypatch):
+def banks(everywhere, monkeypatch):
     """Makes copies of one bank, and trains each shard once only: what is tested here is files."""
     train, known = making.train_shard, {}
 
@@ -44,14 +44,14 @@ def banks(makes, monkeypatch):
         return known[key]
 
     monkeypatch.setattr(making, "train_shard", once)
-    bank = makes.new("start", encoder=encoder)
+    bank = everywhere.new("start", encoder=encoder)
     bank.add(some("handbook", "secret"), "red", "a")
     bank.add(some("menu"), "red", "b")
 
     def copy(name):
-        shutil.rmtree(makes.folder / name, ignore_errors=True)
-        shutil.copytree(makes.folder / "start", makes.folder / name)
-        return makes.open(name, encoder=encoder)
+        shutil.rmtree(everywhere.folder / name, ignore_errors=True)
+        shutil.copytree(everywhere.folder / "start", everywhere.folder / name)
+        return everywhere.open(name, encoder=encoder)
 
     return copy
 
