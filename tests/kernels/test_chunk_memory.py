@@ -15,11 +15,11 @@ from tests.kernels.chunk_memory_cases import (
     call,
     check_close,
     make,
-    poisoned,  # noqa: F401
     replaced,
     tensors,
     with_gradients,
 )
+from tests.kernels.poisoned import poisoned  # noqa: F401
 
 # The closed form is the reference
 

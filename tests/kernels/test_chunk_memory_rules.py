@@ -17,10 +17,10 @@ from tests.kernels.chunk_memory_cases import (
     call,
     check_close,
     make,
-    poisoned,  # noqa: F401
     replaced,
     tensors,
 )
+from tests.kernels.poisoned import poisoned  # noqa: F401
 
 TITANS, DELTA = RULES["titans"], RULES["delta"]
 

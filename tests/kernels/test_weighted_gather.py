@@ -5,6 +5,7 @@ import torch
 
 from memlayers.kernels.weighted_gather import cpu, reference, weighted_gather
 from tests.kernels.interpreted import needs_gpu, run_triton
+from tests.kernels.poisoned import poisoned  # noqa: F401
 from tests.kernels.weighted_gather_cases import (
     CASES,
     ROUNDING,
@@ -13,7 +14,6 @@ from tests.kernels.weighted_gather_cases import (
     check_parity,
     check_rows,
     make,
-    poisoned,  # noqa: F401
     run,
 )
 

@@ -7,6 +7,7 @@ from memlayers.kernels.paths import interpreted
 from memlayers.kernels.weighted_gather import triton as module
 from memlayers.kernels.weighted_gather import weighted_gather
 from tests.kernels.interpreted import DEVICE
+from tests.kernels.poisoned import poisoned  # noqa: F401
 from tests.kernels.weighted_gather_cases import (
     CASES,
     ROUNDING,
@@ -14,7 +15,6 @@ from tests.kernels.weighted_gather_cases import (
     check_equal,
     check_parity,
     make,
-    poisoned,  # noqa: F401
     run,
 )
 
