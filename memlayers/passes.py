@@ -49,7 +49,7 @@ class Pass:
 def carried(block: nn.Module, hidden: torch.Tensor, read: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """`hidden`, the input of a layer, and `read`, which enters in the middle of it, such that the gradient of `read` is
     found too where reentrant checkpointing runs the layer again."""
-    if not (_recomputes_reentrant(block) and read.requires_grad):
+    if not (recomputes_reentrant(block) and read.requires_grad):
         return hidden, read
     leaf = read.detach().requires_grad_()
     return _Carried.apply(hidden, read, leaf), leaf
@@ -73,7 +73,8 @@ class _Carried(torch.autograd.Function):
         return grad, ctx.leaf.grad, None
 
 
-def _recomputes_reentrant(block: nn.Module) -> bool:
+def recomputes_reentrant(block: nn.Module) -> bool:
+    """Whether the backward pass will run this layer again under reentrant checkpointing."""
     if not (getattr(block, "gradient_checkpointing", False) and block.training):
         return False
     return getattr(block._gradient_checkpointing_func, "keywords", {}).get("use_reentrant", True)

@@ -18,6 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm.auto import tqdm
 
 from ..memory import Fields
+from ..passes import recomputes_reentrant
 from ..state import MemoryCache, MemoryState
 from .config import WriterSection
 from .inner import InnerOptimizer
@@ -153,19 +154,13 @@ def row_losses(
 
 def _check_checkpointing(model: nn.Module, second_order: bool) -> None:
     """Raise ValueError where gradient checkpointing would break the gradients of the inner steps."""
-    modes = {
-        "reentrant"
-        if getattr(m._gradient_checkpointing_func, "keywords", {}).get("use_reentrant")
-        else "other"
-        for m in model.modules()
-        if m.training and getattr(m, "gradient_checkpointing", False)
-    }
-    if "reentrant" in modes:
+    if any(recomputes_reentrant(module) for module in model.modules()):
         raise ValueError(
             "gradient_checkpointing: inner gradients do not go through reentrant checkpointing; enable it with "
             "{'use_reentrant': False} and outer_gradient fomaml or reptile, or write in eval mode"
         )
-    if modes and second_order:
+    on = any(m.training and getattr(m, "gradient_checkpointing", False) for m in model.modules())
+    if on and second_order:
         raise ValueError(
             "gradient_checkpointing: writer.outer_gradient maml goes twice through the inner steps, checkpointing once; "
             "set it to fomaml or reptile, or turn gradient checkpointing off and set writer.unroll"
