@@ -22,6 +22,8 @@ from .state import MemoryCache, MemoryState
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
+CACHE_NAMES = ("past_key_values", "layer_past")
+"""What architectures call the cache among the arguments of attention."""
 BLOCK = 128
 """Tokens that run together under a sliding window, at least: attention costs tokens × (block + window)."""
 
@@ -204,6 +206,36 @@ def as_attention_takes_it(
         f"sliding_window: attention {implementation!r} takes no mask of ours; load the model with "
         "attn_implementation='sdpa' or 'eager'"
     )
+
+
+def written_out(
+    mask: torch.Tensor | None,
+    n_queries: int,
+    previous: int,
+    config: PreTrainedConfig,
+    like: torch.Tensor,
+    who: str,
+) -> torch.Tensor:
+    """The mask of a call of attention as a tensor, (rows or 1, 1, queries, keys).
+
+    Args:
+        mask: as attention is given it; None where all that is not in the future is seen.
+        previous: keys there are before those of the queries.
+        like: a tensor of the model's dtype and device.
+        who: needs it, for the error.
+
+    Raises:
+        ValueError: an implementation of attention whose mask has another form.
+    """
+    if mask is None:
+        seen = torch.ones(n_queries, previous + n_queries, dtype=torch.bool, device=like.device)
+        return as_attention_takes_it(seen.tril(previous)[None, None], config, like)
+    if mask.dim() != 4:
+        raise ValueError(
+            f"{who} needs a mask of four dimensions, attention {config._attn_implementation!r} has one of {mask.dim()}; "
+            "load the model with attn_implementation='sdpa' or 'eager'"
+        )
+    return mask
 
 
 def _slide(window: DynamicCache, mask: torch.Tensor, keep: int) -> torch.Tensor:

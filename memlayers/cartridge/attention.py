@@ -6,10 +6,7 @@ import torch
 from torch import nn
 from transformers.cache_utils import Cache
 
-from ..streaming import as_attention_takes_it
-
-CACHE_NAMES = ("past_key_values", "layer_past")
-"""What architectures call the cache among the arguments of attention."""
+from ..streaming import as_attention_takes_it, written_out
 
 
 class KeysBefore:
@@ -52,15 +49,8 @@ def mask_before(
         ValueError: an implementation of attention that takes no mask of ours.
     """
     rows, n_queries = hidden.shape[:2]
-    if mask is None:
-        previous = 0 if below is None else below.get_seq_length(attention.layer_idx)
-        seen = torch.ones(n_queries, previous + n_queries, dtype=torch.bool, device=hidden.device)
-        mask = as_attention_takes_it(seen.tril(previous)[None, None], attention.config, hidden)
-    if mask.dim() != 4:
-        raise ValueError(
-            f"a cartridge needs a mask of four dimensions, attention {attention.config._attn_implementation!r} has one of "
-            f"{mask.dim()}; load the model with attn_implementation='sdpa' or 'eager'"
-        )
+    previous = 0 if below is None else below.get_seq_length(attention.layer_idx)
+    mask = written_out(mask, n_queries, previous, attention.config, hidden, who="a cartridge")
     used = torch.arange(places, device=length.device) >= places - length[:, None]
     used = as_attention_takes_it(used[:, None, None].expand(-1, -1, n_queries, -1), attention.config, hidden)
     return torch.cat([used, mask.expand(rows, -1, -1, -1)], dim=-1)

@@ -12,8 +12,9 @@ from ..memory import Fields, Memory
 from ..model import attention_of, decoder_layers, decoder_of
 from ..passes import Pass, carried
 from ..state import MemoryState
+from ..streaming import CACHE_NAMES
 from ..writing import Writer, of_text
-from .attention import CACHE_NAMES, KeysBefore, mask_before
+from .attention import KeysBefore, mask_before
 from .config import CartridgeConfig
 from .start import keys_and_values, keys_shapes
 
@@ -86,9 +87,10 @@ class Cartridge(Memory):
         return self.writer.write(model, name, segments, state, **options)
 
     def check_state(self, fields: Fields, name: str) -> None:
-        expected = self.new_state(1)
+        layers = {f"layers.{i}.{part}" for i in range(self.n_layers) for part in ("keys", "values")}
+        expected = {"length", *layers}
         places = fields["layers.0.keys"].shape[1:2] if "layers.0.keys" in fields else None
-        for field in sorted(set(fields) | set(expected)):
+        for field in sorted(set(fields) | expected):
             tensor = fields.get(field)
             shape = (*places, self.heads, self.head_dim) if places and field != "length" else ()
             if field not in expected or tensor is None or tuple(tensor.shape[1:]) != shape:

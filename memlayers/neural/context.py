@@ -11,10 +11,7 @@ from collections.abc import Callable
 import torch
 from transformers.cache_utils import Cache
 
-from ..streaming import as_attention_takes_it
-
-CACHE_NAMES = ("past_key_values", "layer_past")
-"""What architectures call the cache among the arguments of attention."""
+from ..streaming import CACHE_NAMES, written_out
 
 
 def in_context(
@@ -48,11 +45,8 @@ def in_context(
     new = 0 if before else n_persistent
     sequence = torch.stack([read, hidden], dim=2).flatten(1, 2)
     lead = persistent[:new].to(hidden.dtype).expand(len(hidden), -1, -1)
-    mask = kwargs.get("attention_mask")
-    if mask is None:
-        allowed = torch.ones(n_tokens, previous + n_tokens, dtype=torch.bool, device=hidden.device)
-        mask = as_attention_takes_it(allowed.tril(previous)[None, None], config, hidden)
-    changed = {"attention_mask": _doubled(mask, n_persistent, new, config)}
+    mask = written_out(kwargs.get("attention_mask"), n_tokens, previous, config, hidden, who="placement: mac")
+    changed = {"attention_mask": _doubled(mask, n_persistent, new)}
     if kwargs.get("position_embeddings") is not None:
         cos, sin = kwargs["position_embeddings"]
         start = cos[:, :1].expand(-1, new, -1)
@@ -81,17 +75,12 @@ def _kept(window: Cache | None, place: int) -> int:
     return window.layers[place].get_seq_length()
 
 
-def _doubled(mask: torch.Tensor, n_persistent: int, new: int, config) -> torch.Tensor:
+def _doubled(mask: torch.Tensor, n_persistent: int, new: int) -> torch.Tensor:
     """The mask of the tokens, (batch, 1, queries, keys), for the tokens with memory before each.
 
     A memory token is seen where its token is; the `n_persistent` keys before all are seen by all. The last `new`
     of them are queries too, whose outputs nobody uses.
     """
-    if mask.dim() != 4:
-        raise ValueError(
-            f"placement: mac needs a mask of four dimensions, attention {config._attn_implementation!r} has one of "
-            f"{mask.dim()}; load the model with attn_implementation='sdpa' or 'eager'"
-        )
     doubled = mask.repeat_interleave(2, dim=-1).repeat_interleave(2, dim=-2)
     seen = torch.full_like(doubled[..., :1], True if mask.dtype == torch.bool else 0.0)
     doubled = torch.cat([seen.expand(*doubled.shape[:-1], n_persistent), doubled], dim=-1)
