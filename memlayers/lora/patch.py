@@ -121,12 +121,11 @@ def _enter(block: nn.Module, args: tuple, kwargs: dict) -> None:
     RUNNING.set(kwargs.get("memory_pass"))
 
 
-def _enter_again(attention: nn.Module, args: tuple, kwargs: dict):
+def _enter_again(attention: nn.Module, args: tuple, kwargs: dict) -> None:
     """The same from the keywords that a layer hands to its attention: gradient checkpointing runs a layer's forward
     a second time without the hooks around it."""
     if "memory_pass" in kwargs:
         RUNNING.set(kwargs["memory_pass"])
-    return args, kwargs
 
 
 def _leave(block: nn.Module, args: tuple, output) -> None:
