@@ -17,6 +17,8 @@ CONFIGS = {
     "plain": MqarConfig(n_pairs=8),
     "by length": MqarConfig(tokens_per_pair=8),
     "few queries": MqarConfig(n_pairs=8, n_queries=3),
+    "short question": MqarConfig(n_queries=4, question_length=8),
+    "no first token": MqarConfig(n_pairs=8, bos=False),
     "overwrite": MqarConfig(n_pairs=8, overwrite=0.5),
     "passes": MqarConfig(n_pairs=4, passes=3, overwrite=1),
     "random filler": MqarConfig(n_pairs=8, random_filler=True, vocab_size=40),
@@ -43,7 +45,7 @@ def test_length_is_exact_and_every_answer_is_the_last_value_of_its_key(tokenizer
     for index in range(10):
         sample = task.sample(rng_for("train", 0, index), length)
         assert len(sample.context) + len(sample.questions[0].ids) == length == sample.length
-        assert sample.context[0] == tokenizer.bos_token_id
+        assert (sample.context[0] == tokenizer.bos_token_id) == task.config.bos
         pairs, asked = pairs_of(task, sample), asked_of(sample)
         assert all(dict(pairs)[key] == value for key, value in asked.items())
         n_pairs = task.pairs_in(length)
@@ -144,6 +146,10 @@ def test_the_number_of_pairs_follows_the_length(tokenizer):
     task = MqarTask(MqarConfig(), tokenizer)
     assert [task.pairs_in(length) for length in (10, 65, 257)] == [1, 4, 16]
     assert task.pairs_in(task.length_for(7)) == 7
+    short = MqarTask(MqarConfig(question_length=16, n_queries=8, overwrite=0.5, passes=2), tokenizer)
+    for n_pairs in (1, 3, 8):
+        sample = short.sample(rng_for("train", 0, 0), short.length_for(n_pairs))
+        assert len(dict(pairs_of(short, sample))) == n_pairs and len(sample.questions[0].ids) >= 16
     dense = MqarTask(MqarConfig(tokens_per_pair=4), tokenizer)
     for n_pairs in (1, 5, 64):
         sample = dense.sample(rng_for("train", 0, 0), dense.length_for(n_pairs))
@@ -177,6 +183,7 @@ def test_a_vocabulary_that_is_too_small_is_named(tokenizer):
     ("fields", "said"),
     [
         ({"n_pairs": 4, "tokens_per_pair": 16}, "tokens_per_pair: give this or n_pairs"),
+        ({"question_length": 4, "tokens_per_pair": 16}, "tokens_per_pair: give this or question_length"),
         ({"overwrite": True}, "overwrite"),
         ({"overwrite": 1.5}, "overwrite"),
         ({"power_a": 0}, "power_a"),

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import heapq
 import random
+from bisect import bisect_right
 from typing import Literal
 
 from pydantic import Field, model_validator
@@ -35,27 +36,31 @@ class MqarConfig(Strict):
 
     n_pairs: keys of a row; None: one for every `tokens_per_pair` tokens of its length (default 16: 4 in 64, 16 in
     256), so that a curriculum of lengths is one of pairs. n_queries: keys asked for, each once; None, or more than
-    there are: all. vocab_size: keys and values have ids below it; None: the tokenizer's; the model needs as many
+    there are: all. question_length: tokens of the question, with which all the rest of a length is pairs. vocab_size: keys and values have ids below it; None: the tokenizer's; the model needs as many
     embeddings. overwrite: share of the keys that are written again with another value, somewhere among the others; the
     last value counts. passes: times the pairs are read, one after the other. power_a: exponent of the gaps; 1 is
     uniform, near 0 most keys are asked for soon. random_filler: blanks become random tokens that are no keys of the
-    row.
+    row. bos: the context begins with the tokenizer's first token, where it has one.
     """
 
     type: Literal["mqar"] = "mqar"
     n_pairs: int | None = Field(None, ge=1)
     tokens_per_pair: int | None = Field(None, ge=4)
     n_queries: int | None = Field(None, ge=1)
+    question_length: int | None = Field(None, ge=2)
     vocab_size: int | None = Field(None, ge=8)
     overwrite: float = Field(0.0, ge=0, le=1)
     passes: int = Field(1, ge=1)
     power_a: float = Field(0.01, gt=0)
     random_filler: bool = False
+    bos: bool = True
 
     @model_validator(mode="after")
     def _one_number_of_pairs(self) -> MqarConfig:
         if self.n_pairs is not None and self.tokens_per_pair is not None:
             raise ConfigError("tokens_per_pair: give this or n_pairs, not both")
+        if self.question_length is not None and self.tokens_per_pair is not None:
+            raise ConfigError("tokens_per_pair: give this or question_length, not both")
         return self
 
 
@@ -69,7 +74,7 @@ class MqarTask:
 
     def __init__(self, config: MqarConfig, tokenizer, split: Split = "train") -> None:
         self.config, self.split = config, split
-        self.bos = Speller(tokenizer).bos
+        self.bos = Speller(tokenizer).bos if config.bos else []
         self.vocab_size = config.vocab_size or len(tokenizer)
         special = set(tokenizer.all_special_ids)
         self.blank, *ordinary = (token for token in range(self.vocab_size) if token not in special)
@@ -81,12 +86,16 @@ class MqarTask:
 
     def pairs_in(self, length: int) -> int:
         """Number of keys of a row of `length` tokens."""
-        each = self.config.tokens_per_pair or TOKENS_PER_PAIR
-        return self.config.n_pairs or max(1, (length - len(self.bos)) // each)
+        if self.config.n_pairs is not None:
+            return self.config.n_pairs
+        return max(1, bisect_right(range(length), length, key=self.length_for) - 1)
 
     def length_for(self, n_pairs: int) -> int:
-        """The length that has `n_pairs` keys where `tokens_per_pair` says so."""
-        return len(self.bos) + n_pairs * (self.config.tokens_per_pair or TOKENS_PER_PAIR)
+        """The length that has `n_pairs` keys where the number of pairs follows from the length."""
+        if self.config.question_length is None:
+            return len(self.bos) + n_pairs * (self.config.tokens_per_pair or TOKENS_PER_PAIR)
+        n_written = n_pairs + round(self.config.overwrite * n_pairs)
+        return len(self.bos) + self.config.passes * 2 * n_written + self.config.question_length
 
     def check_embeddings(self, n_embeddings: int, where: str) -> None:
         """Raises `ConfigError` when ids of the task have no embedding; `where` is the path of its block."""

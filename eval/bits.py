@@ -1,0 +1,180 @@
+"""How many bits of a text each kind of memory can hold, over its size.
+
+    python -m memlayers.eval.bits --config configs/eval/bits.yaml --out runs/bits
+
+A text of random tokens, each of them equally likely, cannot be guessed: every token of it that is recalled is worth
+log2(vocabulary) bits. What a memory keeps for one text (its state; the table or the rows of a memory in parameters) is
+trained, on the frozen model, to predict the text; recalled are the tokens that are then the most likely ones behind
+those before them. Short and long texts are tried, and the most bits count.
+
+This asks what a memory has room for on that model, not what a trained memory writes there by itself. The control
+`other text` reads another text with the same memory.
+
+OUT gets, for each seed, report.json, and then summary.md and bits.png over all the seeds that lie there; a seed that has
+its report is not measured again.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import torch.nn.functional as F
+import typer
+from tqdm.auto import tqdm
+from transformers import AutoTokenizer
+
+import memlayers as ml
+from memlayers.eval.bits_config import BitsConfig, Ladder
+from memlayers.eval.bits_report import markdown, picture
+from memlayers.eval.models import load_plain
+from memlayers.eval.speed.timing import where
+from memlayers.eval.summary import reports_of_seeds
+from memlayers.files import write_text, write_whole
+from memlayers.segments import fresh_state
+from memlayers.task_tokens import TaskTokens
+from memlayers.yaml_config import load_yaml
+
+MEMORY = "held"
+
+
+def evaluate(config: BitsConfig, output_dir: str | Path, progress: bool = True) -> list[dict]:
+    """Measure every seed that has no report yet and write the files; the reports.
+
+    Raises `FileNotFoundError` for a checkpoint that is not there, `ConfigError` for a memory that does not fit it,
+    `ValueError` where the folder holds reports of another config.
+    """
+    folder = Path(output_dir)
+    for seed in config.seeds:
+        path = folder / f"seed{seed}" / "report.json"
+        if not path.is_file():
+            write_text(path, json.dumps(measure(config, seed, progress), indent=2) + "\n")
+    reports = reports_of_seeds(folder)
+    write_whole(folder / "bits.png", lambda path: picture(reports, path))
+    write_text(folder / "summary.md", markdown(reports))
+    return reports
+
+
+def measure(config: BitsConfig, seed: int, progress: bool = False) -> dict:
+    """What report.json holds of one seed."""
+    started = time.perf_counter()
+    base = load_plain(config.model).requires_grad_(False)
+    special = set(AutoTokenizer.from_pretrained(config.model).all_special_ids)
+    alphabet = torch.tensor([token for token in range(base.config.vocab_size) if token not in special])
+    generator = torch.Generator().manual_seed(seed)
+    texts = alphabet[torch.randint(len(alphabet), (2, 1, max(config.lengths) + 1), generator=generator)]
+    cells = [
+        {"name": name, "size": size, "length": length}
+        for name, ladder in config.kinds.items()
+        for size in ladder.sizes
+        for length in config.lengths
+    ]
+    for cell in tqdm(cells, desc=f"seed {seed}", unit="text", disable=not progress):
+        ladder, part = config.kinds[cell["name"]], texts[:, :, : cell["length"] + 1]
+        cell |= one_text(base, ladder, cell["size"], *part, steps=config.steps, seed=seed)
+        cell["bits"] = cell["recalled"] * math.log2(len(alphabet))
+    return {
+        "config": {**config.model_dump(), "seed": seed},
+        "alphabet": len(alphabet),
+        "cells": cells,
+        **where("cpu", "transformers"),
+        "wall_s": round(time.perf_counter() - started, 1),
+    }
+
+
+def one_text(
+    base, ladder: Ladder, size: int, text: torch.Tensor, other: torch.Tensor, steps: int, seed: int
+) -> dict:
+    """Train what a memory keeps to predict `text` (1, length + 1), and count; `base` is left as it was."""
+    started = time.process_time()
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        ml.attach(base, ladder.of_size(size), name=MEMORY)
+        kept = Kept(base)
+    try:
+        optimizer = torch.optim.AdamW(kept.tensors, lr=ladder.learning_rate, weight_decay=0.0)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+        for _ in range(steps):
+            optimizer.zero_grad()
+            kept.loss(base, text)[0].backward()
+            optimizer.step()
+            schedule.step()
+        with torch.no_grad():
+            loss, recalled = kept.loss(base, text)
+            _, other_text = kept.loss(base, other)
+    finally:
+        ml.detach(base)
+    return {
+        "bytes": kept.nbytes,
+        "recalled": recalled,
+        "other_text": other_text,
+        "loss": loss.item(),
+        "cpu_s": time.process_time() - started,
+    }
+
+
+class Kept:
+    """What a memory keeps for one text, as tensors that train; its other parameters stay as they were drawn.
+
+    Attributes:
+        tensors: the float tensors of its state; the values of a product-key memory; the rows of task tokens.
+        nbytes: bytes of all that is kept.
+    """
+
+    def __init__(self, model):
+        memory = ml.memories(model)[MEMORY]
+        self.prefix, self.state = torch.empty(1, 0, dtype=torch.int64), None
+        for parameter in memory.parameters():
+            parameter.requires_grad_(False)
+            if not parameter.any():  # a projection that starts at zero lets nothing through
+                torch.nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
+        nothing_read = torch.empty(1, 0, model.config.hidden_size)
+        state = fresh_state({MEMORY: memory}, nothing_read).detach().clone()
+        if state[MEMORY]:
+            self.tensors = list(_trained(state[MEMORY]))
+            self.state, self.nbytes = state, state.nbytes
+            return
+        if isinstance(memory, TaskTokens):
+            self.prefix = memory.first_id + torch.arange(memory.rows.n_places)[None]
+            self.tensors = list(memory.rows.input.values())
+        else:
+            self.tensors = [memory.values]
+        self.tensors = [tensor.requires_grad_() for tensor in self.tensors]
+        self.nbytes = sum(tensor.nbytes for tensor in self.tensors)
+
+    def loss(self, model, text: torch.Tensor) -> tuple[torch.Tensor, int]:
+        """The mean loss (nats) of the tokens of `text` but the first among the words of the base, and how many are right."""
+        ids = torch.cat([self.prefix, text], dim=1)
+        reading = {} if self.state is None else {"memory_state": self.state, "write_memory": False}
+        output = model(input_ids=ids, use_cache=False, **reading)
+        logits = output.logits[0, self.prefix.shape[1] : -1, : model.config.vocab_size].float()
+        right = (logits.argmax(-1) == text[0, 1:]).sum().item()
+        return F.cross_entropy(logits, text[0, 1:]), right
+
+
+def _trained(fields: dict[str, torch.Tensor]) -> Iterator[torch.Tensor]:
+    """The fields of a state that hold what was read."""
+    for name, field in fields.items():
+        if name.endswith("normalizer"):
+            field.fill_(1)  # of an associative memory: as if something were written everywhere
+        elif field.is_floating_point() and not name.startswith(("momentum", "anchor", "conv")):
+            yield field.requires_grad_()
+
+
+def main(
+    config: Annotated[Path, typer.Option(help="YAML file; see configs/eval/bits.yaml.")],
+    out: Annotated[Path, typer.Option(help="Folder of the reports.")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE")] = None,
+) -> None:
+    """Measure how many bits of a text each kind of memory has room for, over its size."""
+    evaluate(load_yaml(config, overrides or [], BitsConfig), out)
+    typer.echo(f"wrote {out / 'summary.md'} and what lies beside it")
+
+
+if __name__ == "__main__":
+    typer.run(main)

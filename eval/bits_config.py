@@ -1,0 +1,68 @@
+"""What `memlayers.eval.bits` measures."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field, model_validator
+
+import memlayers as ml
+from memlayers.config import ConfigError, Strict
+from memlayers.kinds import AnyMemoryConfig
+
+
+class Ladder(Strict):
+    """One kind of memory in several sizes.
+
+    Attributes:
+        memory: all its other fields.
+        field: the field that sizes set; `names` takes as many names.
+        sizes: its values.
+        learning_rate: of AdamW.
+    """
+
+    memory: AnyMemoryConfig
+    field: str
+    sizes: list[Annotated[int, Field(ge=1)]] = Field(min_length=1)
+    learning_rate: float = Field(1e-2, gt=0)
+
+    @model_validator(mode="after")
+    def _fits_together(self):
+        if len(set(self.sizes)) < len(self.sizes):
+            raise ConfigError(f"sizes: {self.sizes} names a value twice")
+        for size in self.sizes:
+            self.of_size(size)
+        return self
+
+    def of_size(self, size: int) -> ml.MemoryConfig:
+        """The memory of this size. Raises `ConfigError` where its kind does not take it."""
+        value = [f"task{i}" for i in range(size)] if self.field == "names" else size
+        return ml.parse_memory_config({**self.memory.model_dump(), self.field: value})
+
+
+class BitsConfig(Strict):
+    """What is measured.
+
+    Attributes:
+        model: folder or hub id of a plain checkpoint, frozen.
+        lengths: tokens of a text, one after the other; the most bits count.
+        steps: of AdamW on what a memory keeps for the text.
+        kinds: name in the report to the kind and its sizes.
+        seeds: of texts and of the memories' starts.
+        note: for the report, how the settings were chosen.
+    """
+
+    model: str
+    lengths: list[Annotated[int, Field(ge=1)]] = Field([16, 64, 256], min_length=1)
+    steps: int = Field(400, ge=1)
+    kinds: dict[str, Ladder] = Field(min_length=1)
+    seeds: list[Annotated[int, Field(ge=0)]] = Field([0, 1, 2], min_length=1)
+    note: str = ""
+
+    @model_validator(mode="after")
+    def _each_once(self):
+        for field in ("lengths", "seeds"):
+            values = getattr(self, field)
+            if len(set(values)) < len(values):
+                raise ConfigError(f"{field}: {values} names a value twice")
+        return self
