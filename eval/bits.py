@@ -2,8 +2,9 @@
 
     python -m memlayers.eval.bits --config configs/eval/bits.yaml --out runs/bits
 
-A text of random tokens, each of them equally likely, cannot be guessed: every token of it that is recalled is worth
-log2(vocabulary) bits. What a memory keeps for one text (its state; the table or the rows of a memory in parameters) is
+A text of random tokens, each of an alphabet equally likely, cannot be guessed: every token of it that is recalled is
+worth log2(alphabet) bits. The alphabet is the tokens that spell the objects of the fictional facts, since a checkpoint
+has tokens that it never learned and cannot say. What a memory keeps for one text (its state; the table or the rows of a memory in parameters) is
 trained, on the frozen model, to predict the text; recalled are the tokens that are then the most likely ones behind
 those before them. Short and long texts are tried, and the most bits count.
 
@@ -32,6 +33,7 @@ from transformers import AutoTokenizer
 import memlayers as ml
 from memlayers.eval.bits_config import BitsConfig, Ladder
 from memlayers.eval.bits_report import markdown, picture
+from memlayers.eval.capacity import tokens_of_words
 from memlayers.eval.models import load_plain
 from memlayers.eval.speed.timing import where
 from memlayers.eval.summary import reports_of_seeds
@@ -64,8 +66,7 @@ def measure(config: BitsConfig, seed: int, progress: bool = False) -> dict:
     """What report.json holds of one seed."""
     started = time.perf_counter()
     base = load_plain(config.model).requires_grad_(False)
-    special = set(AutoTokenizer.from_pretrained(config.model).all_special_ids)
-    alphabet = torch.tensor([token for token in range(base.config.vocab_size) if token not in special])
+    alphabet = torch.tensor(tokens_of_words(AutoTokenizer.from_pretrained(config.model)))
     generator = torch.Generator().manual_seed(seed)
     texts = alphabet[torch.randint(len(alphabet), (2, 1, max(config.lengths) + 1), generator=generator)]
     cells = [
