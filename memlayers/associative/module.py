@@ -20,7 +20,8 @@ class AssociativeLayer(nn.Module):
         write(m) : A ← A + Σ σ(β) φ(k) (v − read at k)ᵀ,   z ← z + Σ γ φ(k),   γ = 1 − z · φ(k), within 0 and 1
 
     with q, k, v and β linear in the RMS-normed input. γ keeps z from counting a key twice (`correction`; else 1). All
-    tokens that write see the same A and z. `value` starts at zero, so that nothing is read until it has learned.
+    tokens that write see the same A and z. `value` starts at zero, so that nothing is read until it has learned; `query` and
+    `key` start as one map, so that what resembles a key finds it before they have learned anything.
 
     Args:
         config: fields, see `AssociativeMemoryConfig`.
@@ -35,6 +36,7 @@ class AssociativeLayer(nn.Module):
         self.key = nn.Linear(hidden_size, config.key_dim, bias=False)
         self.value = nn.Linear(hidden_size, hidden_size, bias=False)
         self.beta = nn.Linear(hidden_size, 1)
+        self.key.weight.data.copy_(self.query.weight)
         nn.init.zeros_(self.value.weight)
 
     def new_state(self, batch_size: int) -> tuple[torch.Tensor, torch.Tensor]:
