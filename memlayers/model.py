@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -89,6 +90,18 @@ def window(model: PreTrainedModel) -> int:
 def max_positions(model: PreTrainedModel) -> int | None:
     """Positions the model was made for, or None if its config does not say."""
     return getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+
+
+@contextlib.contextmanager
+def still(model: nn.Module) -> Iterator[None]:
+    """The model in eval mode: no dropout."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
 
 
 def decoder_of(model: nn.Module) -> PreTrainedModel:

@@ -13,7 +13,7 @@ from ..model import attention_of, decoder_layers, decoder_of
 from ..passes import Pass, carried
 from ..state import MemoryState
 from ..streaming import CACHE_NAMES
-from ..writing import Writer, of_text
+from ..writing import Writer
 from .attention import KeysBefore, mask_before
 from .config import CartridgeConfig
 from .start import keys_and_values, keys_shapes
@@ -80,11 +80,10 @@ class Cartridge(Memory):
         return fields["length"]
 
     def write(self, model, name, input_ids, mask, state, **options) -> Fields:
-        segments = of_text(input_ids, mask, self.config.writer.segment_length)
         if not self.learned and state[name]["layers.0.keys"].shape[1] == 0:
             first = keys_and_values(model, input_ids, mask, self.config.n_tokens, options["differentiable"])
             state = MemoryState({**state.fields, name: first})
-        return self.writer.write(model, name, segments, state, **options)
+        return self.writer.write_text(model, name, input_ids, mask, state, **options)
 
     def check_state(self, fields: Fields, name: str) -> None:
         layers = {f"layers.{i}.{part}" for i in range(self.n_layers) for part in ("keys", "values")}

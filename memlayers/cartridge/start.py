@@ -8,6 +8,7 @@ from transformers.cache_utils import DynamicCache
 
 from ..memory import Fields
 from ..model import decoder_of
+from ..writing import right_aligned
 
 
 def keys_and_values(
@@ -24,9 +25,7 @@ def keys_and_values(
     input_ids, mask = input_ids.to(device), mask.to(device)
     order = (~mask).int().argsort(dim=1, stable=True)[:, :n_tokens]
     ids, used = input_ids.gather(1, order), mask.gather(1, order)
-    # Right-aligned, as the fields are; positions count the real tokens.
-    order = used.int().argsort(dim=1, stable=True)
-    ids, used = ids.gather(1, order), used.gather(1, order)
+    ids, used = right_aligned(ids, used)  # as the fields are; positions count the real tokens
     positions, cache = (used.cumsum(1) - 1).clamp(min=0), DynamicCache()
     with torch.set_grad_enabled(differentiable and torch.is_grad_enabled()):
         decoder(

@@ -12,7 +12,7 @@ from ..config import ConfigError, chosen_layers
 from ..memory import Fields, Memory
 from ..model import attention_of, decoder_layers, decoder_of
 from ..passes import Pass
-from ..writing import Writer, of_text
+from ..writing import Writer
 from .config import LoRAMemoryConfig
 from .module import LoRAAdapter
 
@@ -72,8 +72,7 @@ class LoRAMemories(Memory):
         return fields
 
     def write(self, model, name, input_ids, mask, state, **options) -> Fields:
-        segments = of_text(input_ids, mask, self.config.writer.segment_length)
-        return self.writer.write(model, name, segments, state, **options)
+        return self.writer.write_text(model, name, input_ids, mask, state, **options)
 
     def check_state(self, fields: Fields, name: str) -> None:
         expected = {

@@ -12,9 +12,8 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 
-from ..model import decoder_of
+from ..model import decoder_of, still
 from .bank_config import LoRABankConfig
-from .training import still
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

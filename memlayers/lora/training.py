@@ -6,7 +6,6 @@ randomness comes from a generator that is seeded from the config's seed and the 
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
@@ -16,7 +15,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ..memory import Fields
-from ..model import stateful
+from ..model import stateful, still
 from ..state import MemoryState
 from ..streaming import fresh_state
 from ..writing import Segments, of_text, row_losses
@@ -126,15 +125,3 @@ def _minibatches(n: int, size: int, generator: torch.Generator) -> Iterator[list
     while True:
         for part in torch.randperm(n, generator=generator).split(size):
             yield part.tolist()
-
-
-@contextlib.contextmanager
-def still(model: nn.Module) -> Iterator[None]:
-    """The model in eval mode: no dropout."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode

@@ -9,6 +9,32 @@ from pydantic import Field, model_validator
 from ..config import ConfigError, Strict
 
 
+class DistillSection(Strict):
+    """Context distillation on the model's own continuations (self-study, Cartridges, 2506.06266, section 4): the loss is
+    KL(base that reads the text and the continuation || model that reads the continuation with what is written).
+
+    The paper draws conversations about a chunk of the text; here the text is continued, which any base can do. The
+    teacher's log-probabilities are kept while a text is written: continuations × length × vocabulary numbers a row.
+
+    Attributes:
+        continuations: drawn for each row, once, before the first step.
+        length: tokens of each.
+        batch: continuations that one step learns from, in turn; None: all.
+        seed: of the draws; the same for all rows.
+    """
+
+    continuations: int = Field(16, ge=1)
+    length: int = Field(128, ge=1)
+    batch: int | None = Field(None, ge=1)
+    seed: int = Field(0, ge=0)
+
+    @model_validator(mode="after")
+    def _fits_together(self):
+        if self.batch is not None and self.batch > self.continuations:
+            raise ConfigError(f"batch: {self.batch} is more than the {self.continuations} continuations")
+        return self
+
+
 class WriterSection(Strict):
     """How a text is written: steps of an inner training, of one row's fields.
 
@@ -19,6 +45,8 @@ class WriterSection(Strict):
         segment_length: tokens of a text that one forward pass reads together. The segments of a text are a batch, and
             every token but the first is predicted once, the first of a segment by the last of the one before.
         clip: largest norm of a row's gradient; None: no clipping.
+        distill: learn what the base says that has the text before it, and not the text's own next tokens; `segment_length`
+            has no part in it.
         streaming: write segment after segment, each with what those before it left (Temp-LoRA, 2401.11504),
             instead of all at the same time (PERK, 2507.06415).
         learned_steps: each inner step has a learned rate for each tensor (PERK); `learning_rate` is where they start.
@@ -35,6 +63,7 @@ class WriterSection(Strict):
     optimizer: Literal["adamw", "sgd"] = "adamw"
     segment_length: int = Field(256, ge=1)
     clip: float | None = Field(None, gt=0)
+    distill: DistillSection | None = None
     streaming: bool = False
     learned_steps: bool = False
     token_weights: bool = False
@@ -43,6 +72,11 @@ class WriterSection(Strict):
 
     @model_validator(mode="after")
     def _fits_together(self):
+        for field in ("streaming", "token_weights"):
+            if self.distill is not None and getattr(self, field):
+                raise ConfigError(
+                    f"{field}: distill reads the text whole and learns no token of it; leave one out"
+                )
         if self.unroll is not None and self.unroll > self.steps:
             raise ConfigError(f"unroll: {self.unroll} is more than the {self.steps} steps")
         if self.unroll is not None and self.outer_gradient != "maml":

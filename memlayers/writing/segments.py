@@ -60,6 +60,12 @@ def of_text(input_ids: torch.Tensor, mask: torch.Tensor, segment_length: int) ->
     return Segments(ids, real, learned)
 
 
+def right_aligned(input_ids: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows (batch, tokens) with their padding, wherever it stands, in front; and their mask."""
+    order = mask.int().argsort(dim=1, stable=True)
+    return input_ids.gather(1, order), mask.gather(1, order)
+
+
 def of_pairs(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Sequence[tuple[str, str]]]) -> Segments:
     """Pairs of a question and its answer, a segment each: the answer's tokens are learned.
 

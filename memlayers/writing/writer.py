@@ -21,9 +21,10 @@ from ..memory import Fields
 from ..passes import recomputes_reentrant
 from ..state import MemoryCache, MemoryState
 from .config import WriterSection
+from .distill import of_teacher
 from .inner import InnerOptimizer
 from .reptile import reptile
-from .segments import Segments
+from .segments import Segments, of_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -51,6 +52,26 @@ class Writer(nn.Module):
             )
             nn.init.zeros_(self.token_weights[-1].weight)
 
+    def write_text(
+        self,
+        model: PreTrainedModel,
+        name: str,
+        input_ids: torch.Tensor,
+        mask: torch.Tensor,
+        state: MemoryState,
+        **options,
+    ) -> Fields:
+        """`write` of texts (batch, tokens), as they are or by `distill`; raises as `of_text` and `of_teacher` too.
+
+        Args:
+            mask: (batch, tokens) bool, False at padding, which may stand anywhere.
+        """
+        if self.config.distill is not None and self.config.steps:
+            segments, teacher = of_teacher(model, input_ids, mask, self.config.distill)
+        else:
+            segments, teacher = of_text(input_ids, mask, self.config.segment_length), None
+        return self.write(model, name, segments, state, teacher=teacher, **options)
+
     def write(
         self,
         model: PreTrainedModel,
@@ -58,12 +79,14 @@ class Writer(nn.Module):
         segments: Segments,
         state: MemoryState,
         *,
+        teacher: torch.Tensor | None = None,
         differentiable: bool = False,
         progress: bool = False,
     ) -> Fields:
         """The fields of memory `name` after `segments` are written into those of `state`, which is left as it is.
 
         Args:
+            teacher: see `row_losses`.
             differentiable: keep the graph from the state, and from what is learned here, to the result.
 
         Raises:
@@ -78,20 +101,23 @@ class Writer(nn.Module):
             if not differentiable:
                 fields = {field: x.detach().clone() for field, x in fields.items()}
             for part in parts:
-                fields = self._steps(model, name, part, state, fields, differentiable, bar)
+                fields = self._steps(model, name, part, teacher, state, fields, differentiable, bar)
             if differentiable and self.config.outer_gradient == "reptile":
                 rate = self.config.learning_rate
                 fields = {field: reptile(x, state[name][field], rate) for field, x in fields.items()}
         bar.close()
         return {**state[name], **fields}
 
-    def _steps(self, model, name, segments, state, fields: Fields, differentiable: bool, bar) -> Fields:
+    def _steps(
+        self, model, name, segments, teacher, state, fields: Fields, differentiable: bool, bar
+    ) -> Fields:
         optimizer = InnerOptimizer(self.config, list(fields.values()))
         for step in range(self.config.steps):
             through = differentiable and step >= self.config.steps - self.config.n_unrolled
             given = fields if through else {field: x.detach().requires_grad_() for field, x in fields.items()}
             read = MemoryState({**state.fields, name: {**state[name], **given}})
-            losses = row_losses(model, segments, read, self.token_weights)
+            part, said = self._batch(step, segments, teacher)
+            losses = row_losses(model, part, read, self.token_weights, said)
             self._check(losses, step)
             rates = self._rates(step, len(fields), differentiable)
             # The gradients get no name, which would keep them through the next step.
@@ -101,6 +127,15 @@ class Writer(nn.Module):
             fields = dict(zip(fields, tensors))
             bar.update()
         return fields
+
+    def _batch(self, step: int, segments: Segments, teacher) -> tuple[Segments, torch.Tensor | None]:
+        """The segments of one step: all, or the next ones of `distill.batch`, around and around."""
+        size = self.config.distill.batch if self.config.distill is not None else None
+        if size is None:
+            return segments, teacher
+        n = segments.ids.shape[1]
+        chosen = (step * size + torch.arange(size, device=segments.ids.device)) % n
+        return Segments(*(x[:, chosen] for x in segments)), None if teacher is None else teacher[:, chosen]
 
     def _rates(self, step: int, n_tensors: int, differentiable: bool) -> list:
         if self.log_rates is None:
@@ -123,12 +158,18 @@ def _gradients(losses: torch.Tensor, fields: Fields, create_graph: bool) -> tupl
 
 
 def row_losses(
-    model: PreTrainedModel, segments: Segments, state: MemoryState, token_weights: nn.Module | None = None
+    model: PreTrainedModel,
+    segments: Segments,
+    state: MemoryState,
+    token_weights: nn.Module | None = None,
+    teacher: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """(batch,) float32: mean cross-entropy of each row's learned tokens, read with its state; 0 where it has none.
 
     Args:
         token_weights: weighs the tokens, see `Writer`; None: all alike.
+        teacher: (batch, segments, tokens, vocabulary) log-probabilities of the token behind each; then the mean of
+            KL(teacher || model) over the tokens of `segments.mask` instead.
     """
     rows, n_segments = segments.ids.shape[:2]
     device = model.get_input_embeddings().weight.device
@@ -143,6 +184,11 @@ def row_losses(
         output_hidden_states=token_weights is not None,
     )
     logits = output.logits.to(torch.promote_types(output.logits.dtype, torch.float32))
+    if teacher is not None:
+        said = logits.log_softmax(-1)
+        each = F.kl_div(said, teacher.flatten(0, 1), reduction="none", log_target=True).sum(-1)
+        each, counted = (x.reshape(rows, -1) for x in (each, mask))
+        return (each * counted).sum(1) / counted.sum(1).clamp(min=1)
     # Each token stands where it is predicted; the first of a segment, which is never learned, comes last.
     each = F.cross_entropy(logits.flatten(0, 1), ids.roll(-1, 1).flatten(), reduction="none").view_as(ids)
     if token_weights is not None:

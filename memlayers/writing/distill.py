@@ -1,0 +1,103 @@
+"""What a writer learns from a teacher: the base that reads a text, on continuations that it draws itself (context
+distillation on self-study, Cartridges, 2506.06266, sections 4.1 and 4.2)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from transformers.cache_utils import DynamicCache
+
+from ..model import decoder_of, max_positions, stateful, still
+from .config import DistillSection
+from .segments import Segments, right_aligned
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@torch.no_grad()
+def of_teacher(
+    model: PreTrainedModel, input_ids: torch.Tensor, mask: torch.Tensor, config: DistillSection
+) -> tuple[Segments, torch.Tensor]:
+    """Continuations that the base, without memories that keep a state, draws behind each text, and what it says there.
+
+    Every row is given the same random numbers, so that what it draws does not depend on the rows beside it.
+
+    Args:
+        input_ids: (batch, tokens).
+        mask: (batch, tokens) bool, False at padding, which may stand anywhere.
+
+    Returns:
+        A segment a continuation, which ends where an end of sequence is drawn; and log-probabilities (batch,
+        continuations, length, vocabulary) float32 of the token behind each.
+
+    Raises:
+        ValueError: a text without tokens, or one that leaves no positions for a continuation.
+    """
+    from ..attach import disabled  # attach knows every kind of memory, and so this room
+
+    device, rows = model.get_input_embeddings().weight.device, len(input_ids)
+    ids, used = right_aligned(input_ids.to(device), mask.to(device))
+    _check(model, used, config)
+    positions = (used.cumsum(1) - 1).clamp(min=0)
+    generator = torch.Generator().manual_seed(config.seed)
+    numbers = torch.rand(config.length, 1, config.continuations, generator=generator, dtype=torch.float64)
+    ends = _ends(model, device)
+    with disabled(model, *stateful(model)), still(model):
+        cache = DynamicCache(config=decoder_of(model).config.get_text_config(decoder=True))
+        seen = used.long()
+        output = model(
+            input_ids=ids,
+            attention_mask=seen,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        cache.batch_repeat_interleave(config.continuations)
+        said = output.logits[:, -1].float().repeat_interleave(config.continuations, 0)
+        seen, place = (x.repeat_interleave(config.continuations, 0) for x in (seen, positions[:, -1:]))
+        drawn, teacher = [], []
+        for number in numbers.to(device):
+            token = _draw(said, number.expand(rows, -1).reshape(-1, 1))
+            seen, place = torch.cat([seen, torch.ones_like(token)], 1), place + 1
+            output = model(
+                input_ids=token,
+                attention_mask=seen,
+                position_ids=place,
+                past_key_values=cache,
+                use_cache=True,
+            )
+            said = output.logits[:, -1].float()
+            drawn.append(token)
+            teacher.append(said.log_softmax(-1))
+    ids = torch.cat(drawn, 1).view(rows, config.continuations, config.length)
+    real = torch.isin(ids, ends).cumsum(-1) == 0
+    teacher = torch.stack(teacher, 1).view(*ids.shape, -1)
+    return Segments(ids, real, real), teacher
+
+
+def _draw(logits: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
+    """The token (rows, 1) at which the summed probabilities pass a number in [0, 1)."""
+    summed = logits.double().softmax(-1).cumsum(-1)
+    return torch.searchsorted(summed, numbers, right=True).clamp(max=logits.shape[-1] - 1)
+
+
+def _ends(model: PreTrainedModel, device: torch.device) -> torch.Tensor:
+    end = getattr(model.generation_config, "eos_token_id", None)
+    return torch.tensor([] if end is None else end, dtype=torch.int64, device=device).reshape(-1)
+
+
+def _check(model: PreTrainedModel, used: torch.Tensor, config: DistillSection) -> None:
+    lengths, limit = used.sum(1), max_positions(model)
+    empty = (lengths == 0).nonzero().flatten().tolist()
+    if empty:
+        raise ValueError(f"row {empty[0]} has no token; writer.distill draws continuations of a text")
+    need = int(lengths.max()) + config.length
+    if limit is not None and need > limit:
+        raise ValueError(
+            f"writer.distill: the teacher reads the whole text and a continuation, {int(lengths.max())} + {config.length} "
+            f"tokens, the model has {limit} positions; lower writer.distill.length or write pieces: "
+            "state = ml.write(model, piece, state)"
+        )
