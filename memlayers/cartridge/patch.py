@@ -83,7 +83,8 @@ class Cartridge(Memory):
         if not self.learned and state[name]["layers.0.keys"].shape[1] == 0:
             first = keys_and_values(model, input_ids, mask, self.config.n_tokens, options["differentiable"])
             state = MemoryState({**state.fields, name: first})
-        return self.writer.write_text(model, name, input_ids, mask, state, **options)
+        lesson = self.writer.lesson(model, input_ids, mask)
+        return self.writer.write(model, name, *lesson, state, **options)
 
     def check_state(self, fields: Fields, name: str) -> None:
         layers = {f"layers.{i}.{part}" for i in range(self.n_layers) for part in ("keys", "values")}

@@ -47,5 +47,7 @@ def write_pairs(
     check_state(memories, state, len(rows))
     state = state or fresh_state(memories, len(rows))
     options = {"differentiable": differentiable, "progress": progress}
-    written = {name: m.writer.write(model, name, segments, state, **options) for name, m in memories.items()}
+    written = {
+        name: m.writer.write(model, name, segments, None, state, **options) for name, m in memories.items()
+    }
     return MemoryState({**state.fields, **written})

@@ -72,7 +72,8 @@ class LoRAMemories(Memory):
         return fields
 
     def write(self, model, name, input_ids, mask, state, **options) -> Fields:
-        return self.writer.write_text(model, name, input_ids, mask, state, **options)
+        lesson = self.writer.lesson(model, input_ids, mask)
+        return self.writer.write(model, name, *lesson, state, **options)
 
     def check_state(self, fields: Fields, name: str) -> None:
         expected = {

@@ -81,7 +81,7 @@ def of_teacher(
 def _draw(logits: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
     """The token (rows, 1) at which the summed probabilities pass a number in [0, 1)."""
     summed = logits.double().softmax(-1).cumsum(-1)
-    return torch.searchsorted(summed, numbers, right=True).clamp(max=logits.shape[-1] - 1)
+    return torch.searchsorted(summed, numbers.contiguous(), right=True).clamp(max=logits.shape[-1] - 1)
 
 
 def _ends(model: PreTrainedModel, device: torch.device) -> torch.Tensor:

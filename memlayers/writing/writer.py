@@ -52,41 +52,37 @@ class Writer(nn.Module):
             )
             nn.init.zeros_(self.token_weights[-1].weight)
 
-    def write_text(
-        self,
-        model: PreTrainedModel,
-        name: str,
-        input_ids: torch.Tensor,
-        mask: torch.Tensor,
-        state: MemoryState,
-        **options,
-    ) -> Fields:
-        """`write` of texts (batch, tokens), as they are or by `distill`; raises as `of_text` and `of_teacher` too.
+    def lesson(
+        self, model: PreTrainedModel, input_ids: torch.Tensor, mask: torch.Tensor
+    ) -> tuple[Segments, torch.Tensor | None]:
+        """What texts are learned from: their segments, or by `distill` continuations and what the teacher says there.
 
         Args:
+            input_ids: (batch, tokens).
             mask: (batch, tokens) bool, False at padding, which may stand anywhere.
+
+        Raises:
+            ValueError: as `of_text` and `of_teacher`.
         """
         if self.config.distill is not None and self.config.steps:
-            segments, teacher = of_teacher(model, input_ids, mask, self.config.distill)
-        else:
-            segments, teacher = of_text(input_ids, mask, self.config.segment_length), None
-        return self.write(model, name, segments, state, teacher=teacher, **options)
+            return of_teacher(model, input_ids, mask, self.config.distill)
+        return of_text(input_ids, mask, self.config.segment_length), None
 
     def write(
         self,
         model: PreTrainedModel,
         name: str,
         segments: Segments,
+        teacher: torch.Tensor | None,
         state: MemoryState,
         *,
-        teacher: torch.Tensor | None = None,
         differentiable: bool = False,
         progress: bool = False,
     ) -> Fields:
         """The fields of memory `name` after `segments` are written into those of `state`, which is left as it is.
 
         Args:
-            teacher: see `row_losses`.
+            segments, teacher: as `lesson` gives them; see `row_losses`.
             differentiable: keep the graph from the state, and from what is learned here, to the result.
 
         Raises:
@@ -129,13 +125,12 @@ class Writer(nn.Module):
         return fields
 
     def _batch(self, step: int, segments: Segments, teacher) -> tuple[Segments, torch.Tensor | None]:
-        """The segments of one step: all, or the next ones of `distill.batch`, around and around."""
-        size = self.config.distill.batch if self.config.distill is not None else None
+        """What one step learns from: all, or the next continuations of `distill.batch`, around and around."""
+        size = None if teacher is None else self.config.distill.batch
         if size is None:
             return segments, teacher
-        n = segments.ids.shape[1]
-        chosen = (step * size + torch.arange(size, device=segments.ids.device)) % n
-        return Segments(*(x[:, chosen] for x in segments)), None if teacher is None else teacher[:, chosen]
+        chosen = (step * size + torch.arange(size, device=teacher.device)) % teacher.shape[1]
+        return Segments(*(x[:, chosen] for x in segments)), teacher[:, chosen]
 
     def _rates(self, step: int, n_tensors: int, differentiable: bool) -> list:
         if self.log_rates is None:
