@@ -158,20 +158,14 @@ KINDS += [
 ]
 
 
-KINDS += [
-    Kind(
-        "cartridge",
-        {
-            "notes": ml.CartridgeConfig(
-                n_tokens=3,
-                start="learned",
-                writer={"steps": 2, "learning_rate": 1.0, "optimizer": "sgd", "segment_length": 5},
-            )
-        },
-        segmented=False,
-        by_gradient=True,
-    )
-]
+def _cartridge(name: str, start: str) -> Kind:
+    """Three places."""
+    writer = {"steps": 2, "learning_rate": 1.0, "optimizer": "sgd", "segment_length": 5}
+    config = ml.CartridgeConfig(n_tokens=3, start=start, writer=writer)
+    return Kind(name, {"notes": config}, segmented=False, by_gradient=True)
+
+
+KINDS += [_cartridge("cartridge", "learned"), _cartridge("prompt", "prompt")]
 
 
 KINDS += [

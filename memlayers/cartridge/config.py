@@ -15,12 +15,14 @@ class CartridgeConfig(MemoryConfig):
 
     Attributes:
         n_tokens: places.
-        start: what a row has before anything is written: `learned` parameters, as in prefix tuning, or nothing; then
-            the keys and values of the first `n_tokens` tokens of the `text` that is written first.
-        writer: how what stands there is refined on a text; `steps: 0` leaves it.
+        start: what a row has before anything is written. `learned`: parameters, as in prefix tuning (2101.00190).
+            `prompt`: keys and values of learned vectors that run through the layers as tokens do, as in prompt tuning
+            (2104.08691). `text`: nothing; then the keys and values of the first `n_tokens` tokens of the text that is
+            written first.
+        writer: how what stands there is refined on a text; `steps: 0` leaves it, the same for all texts.
     """
 
     type: Literal["cartridge"] = "cartridge"
     n_tokens: int = Field(64, ge=1)
-    start: Literal["learned", "text"] = "text"
+    start: Literal["learned", "prompt", "text"] = "text"
     writer: WriterSection = WriterSection()

@@ -8,15 +8,15 @@ import torch
 from torch import nn
 
 from ..config import ConfigError
-from ..memory import Fields, Memory
-from ..model import attention_of, decoder_layers, decoder_of
+from ..memory import Fields, Memory, embedding_std
+from ..model import attention_of, decoder_layers, decoder_of, max_positions
 from ..passes import Pass, carried
 from ..state import MemoryState
 from ..streaming import CACHE_NAMES
 from ..writing import Writer
 from .attention import KeysBefore, mask_before
 from .config import CartridgeConfig
-from .start import keys_and_values, keys_shapes
+from .start import keys_and_values, keys_and_values_of_prompt, keys_shapes
 
 
 class Cartridge(Memory):
@@ -28,6 +28,7 @@ class Cartridge(Memory):
 
     Attributes:
         keys, values: (layers, n_tokens, heads, head_dim), where `start: learned` begins; else absent.
+        prompt: (n_tokens, hidden_size), with `start: prompt`; else absent.
         writer: the `Writer`, which refines what stands there on a text.
     """
 
@@ -37,10 +38,11 @@ class Cartridge(Memory):
     def __init__(self, config: CartridgeConfig, n_layers: int, heads: int, head_dim: int, hidden_size: int):
         super().__init__(config)
         self.n_layers, self.heads, self.head_dim = n_layers, heads, head_dim
-        self.learned = config.start == "learned"
-        if self.learned:
+        if config.start == "learned":
             shape = n_layers, config.n_tokens, heads, head_dim
             self.keys, self.values = (nn.Parameter(0.02 * torch.randn(shape)) for _ in range(2))
+        elif config.start == "prompt":
+            self.prompt = nn.Parameter(torch.randn(config.n_tokens, hidden_size))
         self.writer = Writer(config.writer, 2 * n_layers, hidden_size)
         self.register_buffer("like", torch.zeros(()), persistent=False)
 
@@ -53,9 +55,19 @@ class Cartridge(Memory):
                 f"type: the layers of {type(model).__name__} have keys of different shapes (heads, head_dim), {shapes}, "
                 "or share them; a cartridge needs keys and values of its own in every layer"
             )
-        return cls(config, len(shapes), *shapes[0], text.hidden_size)
+        limit = max_positions(model)
+        if limit is not None and config.n_tokens >= limit:
+            raise ConfigError(
+                f"n_tokens: {config.n_tokens} places before a text leave it none of the {limit} positions that "
+                f"{type(model).__name__} has"
+            )
+        memory = cls(config, len(shapes), *shapes[0], text.hidden_size)
+        if config.start == "prompt":
+            memory.prompt.data *= embedding_std(model)
+        return memory
 
     def install(self, model: nn.Module) -> list:
+        self.base = _Base(decoder_of(model))
         handles = []
         for layer, block in enumerate(decoder_layers(decoder_of(model))):
             attention = attention_of(model, layer)
@@ -67,9 +79,13 @@ class Cartridge(Memory):
 
     def new_state(self, batch_size: int) -> Fields:
         """What is learned, or no places."""
-        places = self.config.n_tokens if self.learned else 0
+        if self.config.start == "prompt":
+            one = keys_and_values_of_prompt(self.base.decoder, self.prompt)
+            return {name: x.expand(batch_size, *x.shape[1:]) for name, x in one.items()}
+        learned = self.config.start == "learned"
+        places = self.config.n_tokens if learned else 0
         empty = self.like.new_zeros(self.n_layers, 0, self.heads, self.head_dim)
-        keys, values = (self.keys, self.values) if self.learned else (empty, empty)
+        keys, values = (self.keys, self.values) if learned else (empty, empty)
         fields = {"length": torch.full((batch_size,), places, device=keys.device)}
         for layer in range(self.n_layers):
             for part, tensors in (("keys", keys), ("values", values)):
@@ -80,7 +96,7 @@ class Cartridge(Memory):
         return fields["length"]
 
     def write(self, model, name, input_ids, mask, state, **options) -> Fields:
-        if not self.learned and state[name]["layers.0.keys"].shape[1] == 0:
+        if self.config.start == "text" and state[name]["layers.0.keys"].shape[1] == 0:
             first = keys_and_values(model, input_ids, mask, self.config.n_tokens, options["differentiable"])
             state = MemoryState({**state.fields, name: first})
         lesson = self.writer.lesson(model, input_ids, mask)
@@ -100,6 +116,14 @@ class Cartridge(Memory):
                     f"{self.n_layers} layers, (batch, places, {self.heads}, {self.head_dim}), and length; the state was "
                     "written by another memory"
                 )
+
+
+class _Base:
+    """The decoder that a prompt is read by; an object, so that it is no child of the memory and a deep copy of the model
+    has the copied decoder."""
+
+    def __init__(self, decoder: nn.Module):
+        self.decoder = decoder
 
 
 class _Hook:

@@ -1,4 +1,4 @@
-"""What a cartridge starts from: the keys and values of a text's first tokens."""
+"""What a cartridge starts from: the keys and values of a text's first tokens, or of a learned prompt."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import nn
 from transformers.cache_utils import DynamicCache
 
 from ..memory import Fields
-from ..model import decoder_of
+from ..model import decoder_of, still
 from ..writing import right_aligned
 
 
@@ -21,17 +21,31 @@ def keys_and_values(
         mask: (batch, tokens) bool, False at padding, which may stand anywhere.
         differentiable: keep the graph to the base's parameters.
     """
-    decoder, device = decoder_of(model), model.get_input_embeddings().weight.device
+    device = model.get_input_embeddings().weight.device
     input_ids, mask = input_ids.to(device), mask.to(device)
     order = (~mask).int().argsort(dim=1, stable=True)[:, :n_tokens]
-    ids, used = input_ids.gather(1, order), mask.gather(1, order)
-    ids, used = right_aligned(ids, used)  # as the fields are; positions count the real tokens
-    positions, cache = (used.cumsum(1) - 1).clamp(min=0), DynamicCache()
+    ids, used = right_aligned(input_ids.gather(1, order), mask.gather(1, order))  # as the fields are
     with torch.set_grad_enabled(differentiable and torch.is_grad_enabled()):
+        return _read(decoder_of(model), used, input_ids=ids)
+
+
+def keys_and_values_of_prompt(decoder: nn.Module, prompt: torch.Tensor) -> Fields:
+    """The fields, of one row, of a cartridge that holds embeddings (tokens, hidden_size), read by the base alone.
+
+    They are those of every text behind the prompt, because the future does not reach the past.
+    """
+    used = torch.ones(1, len(prompt), dtype=torch.bool, device=prompt.device)
+    dtype = decoder.get_input_embeddings().weight.dtype
+    return _read(decoder, used, inputs_embeds=prompt.to(dtype)[None])
+
+
+def _read(decoder: nn.Module, used: torch.Tensor, **inputs) -> Fields:
+    cache = DynamicCache()
+    with still(decoder):  # in training checkpointing would keep no cache
         decoder(
-            input_ids=ids,
+            **inputs,
             attention_mask=used.long(),
-            position_ids=positions,
+            position_ids=(used.cumsum(1) - 1).clamp(min=0),  # of the real tokens
             past_key_values=cache,
             use_cache=True,
         )

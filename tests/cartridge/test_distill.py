@@ -21,7 +21,9 @@ def wrapped(architecture=LLAMA, dtype=torch.float32, n_tokens=3, **writer):
 
 
 def lesson(model, ids, mask=None):
-    return ml.memories(model)["notes"].writer.lesson(model, ids, torch.ones_like(ids) if mask is None else mask)
+    return ml.memories(model)["notes"].writer.lesson(
+        model, ids, torch.ones_like(ids) if mask is None else mask
+    )
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
