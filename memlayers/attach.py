@@ -157,6 +157,11 @@ def _check_segments(model: PreTrainedModel, name: str, memory: Memory) -> None:
                 f"{other_name!r}; memories of one model read the same segments"
             )
     limit, need = max_positions(model), memory.segment_length + memory.n_extra_tokens
+    if limit is not None and memory.n_extra_tokens >= limit:
+        raise ConfigError(
+            f"{name}.n_tokens: {memory.config.n_tokens} memory tokens take {memory.n_extra_tokens} places in a segment, the "
+            f"model has {limit} positions; none is left to the text"
+        )
     if limit is not None and need > limit:
         raise ConfigError(
             f"{name}.segment_length: a segment of {memory.segment_length} tokens and its memory tokens take "

@@ -17,7 +17,7 @@ from torch import nn
 from transformers.cache_utils import Cache
 
 from . import segments, streaming
-from .memory import Memory
+from .memory import Fields, Memory
 from .model import decoder_layers, decoder_of, max_positions, segmented, stateful
 from .state import PENDING, MemoryCache, MemoryState
 
@@ -276,9 +276,25 @@ def check_state(reading: dict[str, Memory], state: MemoryState | None, batch_siz
             f"the memory state has {state.batch_size} rows, the input {batch_size}; state.select([...]) takes "
             "rows, and state.repeat_interleave(n) makes them fit num_beams=n or num_return_sequences=n"
         )
-    needed = {*reading, PENDING} if any(not m.streams for m in reading.values()) else set(reading)
-    if not needed <= set(state.fields):
+    if not set(reading) <= set(state.fields):
         have = sorted(set(state.fields) - {PENDING})
         raise ValueError(f"the memory state belongs to memories {have}, this model reads {sorted(reading)}")
     for name, memory in reading.items():
-        memory.check_state(state[name], name)
+        try:
+            memory.check_state(state[name], name)
+        except ValueError as error:
+            raise ValueError(f"{error}{_both(state[name], memory, name)}") from None
+    if PENDING not in state.fields and any(not m.streams for m in reading.values()):
+        raise ValueError(
+            f"the memory state has no {PENDING!r}, the tokens of the open segment of memories {sorted(reading)}; give "
+            "the whole state that a call or ml.write returned"
+        )
+
+
+def _both(fields: Fields, memory: Memory, name: str) -> str:
+    """Who wrote `fields` and who is to read them, where that differs."""
+    from .kinds import KINDS  # every kind of memory, of which some use this module
+
+    wrote = [said for _, kind in KINDS.values() if (said := kind.wrote(fields)) is not None]
+    own = memory.wrote(memory.new_state(1))
+    return f". The state is one of {wrote[0]}, memory {name!r} is {own}" if wrote and own not in wrote else ""

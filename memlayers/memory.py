@@ -38,6 +38,8 @@ class Memory(nn.Module):
     """Tokens that attention reaches in a model with such a memory; None: as many as in the base."""
     n_extra_tokens: int = 0
     """Tokens that such a kind adds to a segment."""
+    signature: str = ""
+    """Last part of the name of a field by which a state of this kind is known among those of other kinds."""
     write_layer: int = -1
     """Decoder layer whose output such a kind writes from."""
 
@@ -100,6 +102,12 @@ class Memory(nn.Module):
     def write_inputs(self, state: Fields) -> torch.Tensor | None:
         """Tokens (batch, n, hidden_size) to put behind a segment for writing; None where it takes none."""
         return None
+
+    @classmethod
+    def wrote(cls, fields: Fields) -> str | None:
+        """How to call the memory of this kind that wrote `fields`; None: it is of another kind."""
+        known = any(field.rpartition(".")[2] == cls.signature for field in fields)
+        return cls.__name__ if known else None
 
     def check_state(self, fields: Fields, name: str) -> None:
         """Raise ValueError when `fields` cannot be a state of this memory; names the memory and the field."""

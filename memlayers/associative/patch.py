@@ -23,6 +23,7 @@ class AssociativeMemory(Memory):
     """
 
     in_layers = True
+    signature = "normalizer"
 
     def __init__(
         self,

@@ -33,6 +33,7 @@ class Cartridge(Memory):
     """
 
     in_layers = True
+    signature = "keys"
     by_gradient = True
 
     def __init__(self, config: CartridgeConfig, n_layers: int, heads: int, head_dim: int, hidden_size: int):

@@ -29,6 +29,7 @@ class LoRAMemories(Memory):
     """
 
     in_layers = True
+    signature = "lora_A"
     by_gradient = True
 
     def __init__(self, config: LoRAMemoryConfig, targets: dict[str, tuple[int, int]], hidden_size: int):

@@ -31,6 +31,7 @@ class NeuralMemories(Memory):
     """
 
     in_layers = True
+    signature = "rule"
 
     def __init__(self, config: NeuralMemoryConfig, hidden_size: int, layers: list[int]):
         super().__init__(config)

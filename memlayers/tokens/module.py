@@ -26,6 +26,8 @@ class MemoryTokens(Memory):
             enters the model.
     """
 
+    signature = "memory"
+
     def __init__(self, config: MemoryTokensConfig, hidden_size: int, embedding_std: float = 0.02):
         super().__init__(config)
         self.hidden_size = hidden_size
@@ -110,6 +112,12 @@ class MemoryTokens(Memory):
         if self.config.projection == "linear":
             written = written @ self.proj.float().T
         return written
+
+    @classmethod
+    def wrote(cls, fields: Fields) -> str | None:
+        said = super().wrote(fields)
+        mode = "prefix" if "cell" in fields else "recurrent or accumulate"  # whose states look alike
+        return said and f"{said} in mode {mode}"
 
     def check_state(self, fields: Fields, name: str) -> None:
         super().check_state(fields, name)

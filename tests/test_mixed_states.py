@@ -1,0 +1,81 @@
+"""A state of one variant of memory given to another under the same name: an error that names both."""
+
+import pytest
+from matrix import ARCHITECTURES, SEGMENT, llama, says, tokens
+
+import memlayers as ml
+
+STEPS = {"steps": 1, "segment_length": SEGMENT}
+VARIANTS = {
+    "MemoryTokens in mode recurrent or accumulate": ml.MemoryTokensConfig(n_tokens=2, segment_length=SEGMENT),
+    "MemoryTokens in mode prefix": ml.MemoryTokensConfig(n_tokens=2, segment_length=SEGMENT, mode="prefix"),
+    "Cartridge": ml.CartridgeConfig(n_tokens=2, writer=STEPS),
+    "LoRAMemories": ml.LoRAMemoryConfig(r=2, writer=STEPS),
+    "AssociativeMemory": ml.AssociativeMemoryConfig(n_tokens=2, segment_length=SEGMENT, key_dim=8),
+    "NeuralMemories": ml.NeuralMemoryConfig(layers=[0], heads=2, chunk_size=4),
+}
+
+
+def wrapped(config):
+    model = llama().base()
+    ml.attach(model, config, name="notes")
+    return model
+
+
+@pytest.mark.parametrize("wrote", VARIANTS)
+def test_a_state_of_another_variant(wrote):
+    state = ml.write(wrapped(VARIANTS[wrote]), tokens(1, 7))
+    for reads, config in VARIANTS.items():
+        model = wrapped(config)
+        if reads == wrote:
+            model(tokens(1, 4), memory_state=state)
+            continue
+        for call in (
+            lambda m: m(tokens(1, 4), memory_state=state),
+            lambda m: ml.write(m, tokens(1, 4), state),
+        ):
+            with pytest.raises(ValueError, match=says("'notes'", f"one of {wrote}", f"'notes' is {reads}")):
+                call(model)
+
+
+def test_what_accumulated_is_not_recurrent():
+    """They look alike, and are told by their slots, unless one segment alone was written."""
+    config = VARIANTS["MemoryTokens in mode recurrent or accumulate"]
+    many = ml.MemoryTokensConfig(**{**config.model_dump(), "mode": "accumulate"})
+    state = ml.write(wrapped(many), tokens(1, 2 * SEGMENT))
+    with pytest.raises(ValueError, match=says("'notes'", "4 slots", "2 tokens in mode 'recurrent'")):
+        wrapped(config)(tokens(1, 4), memory_state=state)
+
+
+def test_a_learned_cartridge_takes_what_a_prompt_wrote():
+    """Both are keys and values before a text."""
+    fields = {"n_tokens": 3, "writer": {"steps": 0}}
+    state = ml.write(wrapped(ml.CartridgeConfig(start="prompt", **fields)), tokens(1, 7))
+    wrapped(ml.CartridgeConfig(start="learned", **fields))(tokens(1, 4), memory_state=state)
+
+
+def test_a_state_without_its_open_segment():
+    model = wrapped(VARIANTS["MemoryTokens in mode prefix"])
+    state = ml.MemoryState({"notes": ml.write(model, tokens(1, 7))["notes"]})
+    with pytest.raises(ValueError, match=says("no 'pending'", "['notes']", "whole state")):
+        model(tokens(1, 4), memory_state=state)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        ml.CartridgeConfig(n_tokens=96),
+        ml.CartridgeConfig(n_tokens=96, start="learned"),
+        ml.CartridgeConfig(n_tokens=200, start="prompt"),
+        ml.MemoryTokensConfig(n_tokens=96, segment_length=SEGMENT, mode="prefix"),
+        ml.MemoryTokensConfig(n_tokens=48, segment_length=SEGMENT),
+        ml.AssociativeMemoryConfig(n_tokens=96, segment_length=SEGMENT),
+    ],
+    ids=lambda config: f"{config.type}-{getattr(config, 'start', getattr(config, 'mode', ''))}",
+)
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_a_prefix_longer_than_the_models_positions(config, architecture):
+    (model,) = (a.build() for a in ARCHITECTURES if a.name == architecture)
+    with pytest.raises(ml.ConfigError, match=says("n_tokens:", str(config.n_tokens), "96 positions")):
+        ml.attach(model, config, name="notes")
+    assert ml.memories(model) == {}
