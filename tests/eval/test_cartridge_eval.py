@@ -46,7 +46,7 @@ def small(tiny_llama, tokenizer, tmp_path):
         continuation_length=8,
         sizes=[4, 20],
         writers=WRITERS,
-        seeds=[3, 4],
+        seeds=[3],
         resamples=100,
     )
 
@@ -75,14 +75,15 @@ def test_every_arm(small, tmp_path):
 
 
 def test_a_seed_that_is_there_is_not_measured_again(small, tmp_path, monkeypatch):
-    small = small.model_copy(update={"texts": {"own": TextsSection(n=2)}, "writers": {}})
+    small = small.model_copy(update={"texts": {"own": TextsSection(n=2)}, "writers": {}, "seeds": [3, 4]})
     first = evaluate(small, tmp_path / "out", progress=False)
+    assert [row["n"] for row in pooled(first)] == [4] * len(first[0]["cells"])
     monkeypatch.setattr("memlayers.eval.cartridge.measure", lambda *_: pytest.fail("measured again"))
     assert evaluate(small, tmp_path / "out", progress=False) == first
 
 
 def test_not_refined_is_reading_the_first_tokens(small, tmp_path):
-    small = small.model_copy(update={"writers": {}, "seeds": [3]})
+    small = small.model_copy(update={"writers": {}})
     (report,) = evaluate(small, tmp_path / "out", progress=False)
     base, tokenizer = load_plain(small.model).eval(), AutoTokenizer.from_pretrained(small.model)
     for source, section in small.texts.items():
