@@ -14,8 +14,8 @@ in every arm (its first token is only read):
 | any name of `writers` | the same cartridge, refined by that writer |
 | the same, another text's | the refined cartridge of the next text |
 
-OUT gets, for each seed, report.json, and over all the seeds that lie there summary.md and perplexity.png. A seed whose
-report is there, of the same config, is not measured again.
+OUT gets, for each seed, report.json, report.md and perplexity.png, and then summary.md and perplexity.png over all the
+seeds that lie there. A seed whose report is there, of the same config, is not measured again.
 """
 
 from __future__ import annotations
@@ -109,6 +109,7 @@ def evaluate(config: CartridgeEvalConfig, output_dir: str | Path, progress: bool
         report = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
         if report.get("config") != described:
             report = {"config": described, **measure(config, seed, progress)}
+            cartridge_report.write([report], path.parent, "report.md")
             write_text(path, json.dumps(report, indent=1) + "\n")
         reports.append(report)
     cartridge_report.write_summary(output_dir)

@@ -19,10 +19,14 @@ BAR = 1.05
 
 def write_summary(folder: Path) -> None:
     """summary.md and perplexity.png of all seeds in `folder`; raises as `reports_of_seeds`."""
-    reports = reports_of_seeds(folder)
+    write(reports_of_seeds(folder), folder, "summary.md")
+
+
+def write(reports: Sequence[dict], folder: Path, name: str) -> None:
+    """The table as `name`, and perplexity.png, each whole or not at all."""
     rows = pooled(reports)
     write_whole(folder / "perplexity.png", lambda path: picture(reports, rows, path))
-    write_text(folder / "summary.md", markdown(reports, rows))
+    write_text(folder / name, markdown(reports, rows))
 
 
 def pooled(reports: Sequence[dict]) -> list[dict]:

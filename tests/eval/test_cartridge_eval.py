@@ -55,6 +55,7 @@ def test_every_arm(small, tmp_path):
     out = tmp_path / "out"
     reports = evaluate(small, out, progress=False)
     assert json.loads((out / "seed3" / "report.json").read_text()) == reports[0]
+    assert (out / "seed3" / "report.md").read_text() == (out / "summary.md").read_text()
     rows = {(r["texts"], r["arm"], r["tokens"]): r for r in pooled(reports)}
     refined = [a for w in WRITERS for a in (w, f"{w}, another text's")]
     arms = [("whole text", 20), ("nothing", 1)]
