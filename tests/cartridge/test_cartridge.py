@@ -103,3 +103,13 @@ def test_bad_input_is_named():
     fields["layers.1.keys"] = fields["layers.1.keys"][:, :, :1]
     with pytest.raises(ValueError, match=says("'notes'", "layers.1.keys", "another memory")):
         other(tokens(1, 4), memory_state=ml.MemoryState({"notes": fields}))
+
+
+def test_a_text_is_read_in_training_with_checkpointing():
+    """Which would keep no keys and values."""
+    model, ids = wrapped(n_tokens=4), tokens(2, 9)
+    expected = ml.write(model, ids)["notes"]
+    model.train().gradient_checkpointing_enable({"use_reentrant": False})
+    got = ml.write(model, ids)["notes"]
+    assert model.training and set(got) == set(expected)
+    assert all(torch.equal(got[field], expected[field]) for field in got)
