@@ -6,7 +6,7 @@
 `length` counts context, question and answer, as in RULER. Training and evaluation share nothing: other random
 streams (`rng_for`), other keys (`kinds.split_of`), and other parts of a prose file (`filler.ProseFiller`). The
 exceptions are the facts (`facts.FactsTask`), which have no context: what was taught is what is asked; and
-associative recall (`mqar.MqarTask`), whose keys have another value in every row.
+associative recall (`mqar.MqarTask`) and fact updates (`updates.UpdatesTask`), whose keys have another value in every row.
 """
 
 from __future__ import annotations
@@ -21,18 +21,19 @@ from memlayers.tasks.kinds import Split
 from memlayers.tasks.mqar import MqarConfig, MqarTask
 from memlayers.tasks.needle import NeedleConfig, NeedleTask
 from memlayers.tasks.passkey import PasskeyConfig, PasskeyTask
+from memlayers.tasks.updates import UpdatesConfig, UpdatesTask
 
-TASKS = {"passkey": PasskeyTask, "needle": NeedleTask, "mqar": MqarTask}
+TASKS = {"passkey": PasskeyTask, "needle": NeedleTask, "mqar": MqarTask, "updates": UpdatesTask}
 
-HaystackConfig = Annotated[PasskeyConfig | NeedleConfig, Field(discriminator="type")]
+HaystackConfig = Annotated[PasskeyConfig | NeedleConfig | UpdatesConfig, Field(discriminator="type")]
 """Tasks of text, whose answers are read from what a model generates."""
 
-TaskConfig = Annotated[PasskeyConfig | NeedleConfig | MqarConfig, Field(discriminator="type")]
+TaskConfig = Annotated[PasskeyConfig | NeedleConfig | MqarConfig | UpdatesConfig, Field(discriminator="type")]
 
-Task = PasskeyTask | NeedleTask | MqarTask
+Task = PasskeyTask | NeedleTask | MqarTask | UpdatesTask
 
 
-def make_task(config: PasskeyConfig | NeedleConfig | MqarConfig, tokenizer, split: Split = "train") -> Task:
+def make_task(config: TaskConfig, tokenizer, split: Split = "train") -> Task:
     """The generator for `config` and `tokenizer`.
 
     Raises `ValueError` when the tokenizer cannot spell the needles or has too few tokens, `FileNotFoundError` for a
@@ -58,6 +59,8 @@ __all__ = [
     "Split",
     "Task",
     "TaskConfig",
+    "UpdatesConfig",
+    "UpdatesTask",
     "make_task",
     "rng_for",
 ]

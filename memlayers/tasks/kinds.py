@@ -21,6 +21,7 @@ SPANS: dict[str, re.Pattern[str]] = {
     "number": re.compile(r"\d+"),
     "word": re.compile(r"[a-z]+-[a-z]+", re.IGNORECASE),
     "uuid": re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}", re.IGNORECASE),
+    "object": re.compile(r"[a-z]+", re.IGNORECASE),
 }
 
 # Everything that may stand in an answer of the kind, to test a tokenizer once before the first sample is
