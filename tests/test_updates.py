@@ -22,12 +22,12 @@ def task(tokenizer):
 def statements_of(task, context: list[int]) -> list[tuple[str, str]]:
     """(prompt, object) at the end of each block, by text."""
     blocks = [task.speller.decode(context[at : at + LENGTH]) for at in range(0, len(context), LENGTH)]
-    return [tuple(block[block.rindex("The ") :].rsplit(" ", 1)) for block in blocks]
+    return [tuple(block[block.rindex("home ") :].rsplit(" ", 1)) for block in blocks]
 
 
 def question_of(task, sample) -> str:
     text = task.speller.decode(sample.questions[0].ids)
-    return text[text.rindex("The ") :]
+    return text[text.rindex("home ") :]
 
 
 @pytest.mark.parametrize("n_statements", [1, 4, 16])
@@ -48,10 +48,10 @@ def test_the_last_object_counts_and_each_statement_ends_its_block(task, n_statem
 
 def test_half_of_the_statements_update_and_each_gives_another_object(task):
     history = task.history(rng_for("train", 0, 0), 8)
-    assert len({each.fact for each in history}) == 4
-    by_fact = {fact: [e.object for e in history if e.fact == fact] for fact in {e.fact for e in history}}
+    assert len({each.subject for each in history}) == 4
+    by_fact = {subject: [e.object for e in history if e.subject == subject] for subject in {e.subject for e in history}}
     assert all(a != b for objects in by_fact.values() for a, b in itertools.pairwise(objects))
-    assert len({e.fact for e in task.history(rng_for("train", 0, 0), 40)}) == len(task.facts)
+    assert len({e.subject for e in task.history(rng_for("train", 0, 0), 40)}) == len(task.subjects)
 
 
 def test_filler_names_no_subject_and_no_object(task):
