@@ -97,13 +97,15 @@ def measure(config: FinetuneConfig, seed: int, progress: bool = False) -> dict:
 
 
 def finetuned(base, sample: Sample, config: FinetuneConfig):
-    """A copy of the base after `steps` of Adam on the tokens of each statement, one statement after the other."""
+    """A copy of the base after `steps` of Adam on the object of each statement, one statement after the other."""
     model, size = copy.deepcopy(base).train(), config.task.statement_length
     optimizer = torch.optim.Adam(model.parameters(), lr=config.learning_rate)
     for statement in torch.tensor(sample.context).split(size):
+        told = statement.clone()
+        told[:-1] = -100  # the object alone is new; all the tokens in the loss leave less of it
         for _ in range(config.steps):
             optimizer.zero_grad()
-            model(input_ids=statement[None], labels=statement[None], use_cache=False).loss.backward()
+            model(input_ids=statement[None], labels=told[None], use_cache=False).loss.backward()
             optimizer.step()
     return model.eval()
 
@@ -112,7 +114,9 @@ def finetuned(base, sample: Sample, config: FinetuneConfig):
 def answers(model, sample: Sample) -> bool:
     """Whether the question alone is answered, greedily."""
     question = sample.questions[0]
-    ids = torch.tensor([[*question.ids, *question.answer_ids[:-1]]])  # the stop behind the object does not count
+    ids = torch.tensor(
+        [[*question.ids, *question.answer_ids[:-1]]]
+    )  # the stop behind the object does not count
     n = len(question.answer_ids) - 1
     said = model(input_ids=ids, use_cache=False).logits[0, -n - 1 : -1].argmax(-1)
     return said.tolist() == question.answer_ids[:-1]
@@ -124,13 +128,21 @@ def perplexity(model, rows: torch.Tensor, state: ml.MemoryState | None = None) -
     total = 0.0
     for at in range(0, len(rows), 256):
         ids = rows[at : at + 256]
-        kept = {} if state is None else {"memory_state": state.select([i % state.batch_size for i in range(len(ids))])}
+        kept = (
+            {}
+            if state is None
+            else {"memory_state": state.select([i % state.batch_size for i in range(len(ids))])}
+        )
         logits = model(input_ids=ids, use_cache=False, **kept).logits[:, :-1]
-        total += torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum").item()
+        total += torch.nn.functional.cross_entropy(
+            logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum"
+        ).item()
     return math.exp(total / rows[:, 1:].numel())
 
 
-def behind_memory(name: str, model, task: UpdatesTask, config: FinetuneConfig, prose, seed: int) -> dict[str, float]:
+def behind_memory(
+    name: str, model, task: UpdatesTask, config: FinetuneConfig, prose, seed: int
+) -> dict[str, float]:
     """Perplexity behind the memory as it starts, and behind it after 64 histories of each length, one a row in turn."""
     found = {f"{name}, nothing written": perplexity(model.eval(), prose)}
     for n_statements in config.n_statements:
@@ -148,7 +160,9 @@ def summary(reports: list[dict]) -> str:
     row = [over_seeds([report["cells"][count] for report in reports], "accuracy", 3) for count in counts]
     each = [f"[{c['ci_low']:.3f}, {c['ci_high']:.3f}]" for c in (pooled(reports, count) for count in counts)]
     names = reports[0]["perplexity"]
-    rows = [[k, over_seeds([{"perplexity": r["perplexity"][k]} for r in reports], "perplexity", 2)] for k in names]
+    rows = [
+        [k, over_seeds([{"perplexity": r["perplexity"][k]} for r in reports], "perplexity", 2)] for k in names
+    ]
     return "\n".join(
         [
             "# Fact updates by finetuning, and other text",
@@ -157,7 +171,9 @@ def summary(reports: list[dict]) -> str:
             f"{config['learning_rate']} on each statement, in order; asked closed-book. Mean over seeds {seeds} (lowest to "
             f"highest), Wilson 95 % intervals of all. {config['note']}",
             "",
-            *table(["", *(f"{count} statements" for count in counts)], [["finetuned", *row], ["95 %", *each]]),
+            *table(
+                ["", *(f"{count} statements" for count in counts)], [["finetuned", *row], ["95 %", *each]]
+            ),
             "",
             f"Perplexity on other text, windows of {config['window']} tokens:",
             "",

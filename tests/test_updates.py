@@ -49,7 +49,10 @@ def test_the_last_object_counts_and_each_statement_ends_its_block(task, n_statem
 def test_half_of_the_statements_update_and_each_gives_another_object(task):
     history = task.history(rng_for("train", 0, 0), 8)
     assert len({each.subject for each in history}) == 4
-    by_fact = {subject: [e.object for e in history if e.subject == subject] for subject in {e.subject for e in history}}
+    by_fact = {
+        subject: [e.object for e in history if e.subject == subject]
+        for subject in {e.subject for e in history}
+    }
     assert all(a != b for objects in by_fact.values() for a, b in itertools.pairwise(objects))
     assert len({e.subject for e in task.history(rng_for("train", 0, 0), 40)}) == len(task.subjects)
 

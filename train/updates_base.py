@@ -115,7 +115,9 @@ def main() -> None:
     for step in range(args.steps):
         task = tasks[step % 2]
         length = task.length_for(lengths.choice([2, 4, 8, MOST, MOST]))
-        items = [task.sample(rng_for("train", args.seed, step * args.batch + i), length) for i in range(args.batch)]
+        items = [
+            task.sample(rng_for("train", args.seed, step * args.batch + i), length) for i in range(args.batch)
+        ]
         told = torch.tensor([s.context + s.questions[0].ids + s.questions[0].answer_ids for s in items])
         at = torch.randint(len(text) - 128, (8,))
         losses, hits = _losses(model, told)
@@ -130,7 +132,10 @@ def main() -> None:
         right = 0.95 * right + 0.05 * hits[:, -2].float().mean().item()
         if step % 50 == 49:
             seconds = time.process_time() - started
-            print(f"step {step + 1}  right {right:.3f}  text {prose.mean().item():.3f}  {seconds:.0f} s", flush=True)
+            print(
+                f"step {step + 1}  right {right:.3f}  text {prose.mean().item():.3f}  {seconds:.0f} s",
+                flush=True,
+            )
     model.save_pretrained(args.out)
     tokenizer.save_pretrained(args.out)
 
@@ -138,7 +143,9 @@ def main() -> None:
 def _losses(model, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Next-token losses (rows, tokens - 1), and which of them the model has right."""
     logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
-    return F.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none"), logits.argmax(-1) == ids[:, 1:]
+    return F.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none"), logits.argmax(-1) == ids[
+        :, 1:
+    ]
 
 
 if __name__ == "__main__":

@@ -53,7 +53,9 @@ class UpdatesConfig(Strict):
     @model_validator(mode="after")
     def _room_for_new_facts(self) -> UpdatesConfig:
         if self.updates + self.repeats > 1:
-            raise ConfigError(f"repeats: {self.repeats} and updates {self.updates} are more than all statements")
+            raise ConfigError(
+                f"repeats: {self.repeats} and updates {self.updates} are more than all statements"
+            )
         return self
 
 
@@ -83,7 +85,9 @@ class UpdatesTask:
         self.config, self.split, self.speller = config, split, Speller(tokenizer)
         self.subjects = SUBJECTS[: config.n_subjects]
         self.objects, self.chance = OBJECTS[: config.n_objects], 1 / config.n_objects
-        self._prompts = dict(zip(self.subjects, self.speller.ids_many(prompt(each) for each in self.subjects)))
+        self._prompts = dict(
+            zip(self.subjects, self.speller.ids_many(prompt(each) for each in self.subjects))
+        )
         self._objects = dict(zip(self.objects, self.speller.ids_many(f" {each}" for each in self.objects)))
         self._stop = self.speller.ids(STOP)
         for each in self.subjects:
@@ -140,7 +144,9 @@ class UpdatesTask:
 
     def history(self, rng: random.Random, n_statements: int) -> list[Statement]:
         """Statements in their order: new facts, updates of earlier ones and repeats, mixed; the first is new."""
-        n_updates, n_repeats = (round(share * n_statements) for share in (self.config.updates, self.config.repeats))
+        n_updates, n_repeats = (
+            round(share * n_statements) for share in (self.config.updates, self.config.repeats)
+        )
         n_new = min(max(1, n_statements - n_updates - n_repeats), len(self.subjects))
         later = ["new"] * (n_new - 1) + ["repeat"] * min(n_repeats, n_statements - n_new)
         later += ["update"] * (n_statements - 1 - len(later))
