@@ -29,7 +29,7 @@ REGIMES = {
 class SuiteConfig(Strict):
     """A suite of texts: a task, and the grid of lengths and depths it is asked on (the default `type`).
 
-    task: block of `memlayers.tasks` with `type: passkey` or `type: needle`. lengths: tokens of context,
+    task: block of `memlayers.tasks` with `type: passkey`, `needle` or `updates`. lengths: tokens of context,
     question and answer. windows: in place of lengths, multiples of the tokens attention can reach. depths: 0
     = start of the context, 1 = end. n: questions at each length, spread evenly over the depths. regimes: F
     all in attention, W one stream through a limited window, D written to memory, then asked with nothing but

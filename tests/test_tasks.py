@@ -171,7 +171,9 @@ def test_too_few_keys_in_the_space_is_an_error(tokenizer):
 
 
 def test_noise_and_words_hold_no_answer():
-    assert not any(pattern.search(sentence) for pattern in SPANS.values() for sentence in NOISE_SENTENCES)
+    # An object is any word: fact updates leave sentences out that name one.
+    patterns = [pattern for kind, pattern in SPANS.items() if kind != "object"]
+    assert not any(pattern.search(sentence) for pattern in patterns for sentence in NOISE_SENTENCES)
     assert len(set(ADJECTIVES)) == len(ADJECTIVES) and len(set(NOUNS)) == len(NOUNS)
     assert all(word.isalpha() and word.islower() for word in (*ADJECTIVES, *NOUNS))
 

@@ -5,9 +5,13 @@ from __future__ import annotations
 import itertools
 
 import pytest
+import torch
 
 from memlayers.config import ConfigError
+from memlayers.eval.models import load_plain
+from memlayers.eval.perplexity import PerplexityConfig
 from memlayers.eval.suites import scoring
+from memlayers.eval.updates_finetune import FinetuneConfig, evaluate, finetuned
 from memlayers.tasks import UpdatesConfig, make_task, rng_for
 from memlayers.tasks.updates import OBJECTS, SUBJECTS
 
@@ -109,3 +113,40 @@ def test_errors_name_what_to_change(tokenizer, task):
             task.sample(rng_for("train", 0, 0), length)
     with pytest.raises(ConfigError, match="n_subjects"):
         UpdatesConfig(n_subjects=99)
+
+
+@pytest.fixture
+def tuning(tiny_llama, tokenizer, tmp_path):
+    """A config of finetuning on the tiny model, with little of everything."""
+    tiny_llama.save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    text = tmp_path / "text.txt"
+    text.write_text("Rain falls on the old roof. A boat waits in the harbour. " * 60, encoding="utf-8")
+    return FinetuneConfig(
+        model=str(tmp_path / "base"),
+        task=UpdatesConfig(statement_length=LENGTH),
+        n_statements=[1],
+        n=2,
+        steps=20,
+        learning_rate=1e-2,
+        prose=PerplexityConfig(file=str(text), windows=2, n_sequences=2),
+        seeds=[0],
+    )
+
+
+def test_finetuning_learns_a_statement_and_leaves_the_base(tuning, tokenizer):
+    base = load_plain(tuning.model)
+    before = {name: tensor.clone() for name, tensor in base.state_dict().items()}
+    sample = make_task(tuning.task, tokenizer).sample(rng_for("eval", 0, 0), 2 * LENGTH)
+    tuned = finetuned(base, sample, tuning)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in base.state_dict().items())
+    ids = torch.tensor([sample.context])
+    said = tuned(input_ids=ids).logits[0, -2].argmax()
+    assert said == ids[0, -1]
+
+
+def test_finetuning_report_and_summary(tuning, tmp_path):
+    (report,) = evaluate(tuning, tmp_path / "out", progress=False)
+    assert report["cells"]["1"]["n"] == 2
+    assert set(report["perplexity"]) == {"base", "finetuned on 1 statements"}
+    assert "1 statements" in (tmp_path / "out" / "summary.md").read_text()

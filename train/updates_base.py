@@ -3,7 +3,7 @@
     python train/updates_base.py --text ../shared/texts/pride_and_prejudice_pg1342.txt --out runs/updates_base
 
 It is trained from scratch on a mixture of the text and of histories of 1 to 16 statements, all in its attention (regime F).
-From a random start such a model had not begun to match subjects after 400 steps, so it starts with an induction head in
+From a random start such a model had not begun to match subjects after 250 to 400 steps, so it starts with an induction head in
 its weights, as mimetic initialisation (2305.09828) starts attention with what trained models have: layer 0 attends to the
 token before and copies it into a space of its own, layer 1 compares that space with its own token and copies what stands
 where they agree. The tokenizer is the one of memlayers/demo/base.
@@ -106,7 +106,7 @@ def main() -> None:
     kinds = ({"updates": 0.2, "repeats": 0.5}, {"updates": 0.5, "repeats": 0.2})
     tasks = [make_task(UpdatesConfig(**kind), tokenizer, "train") for kind in kinds]
     objects = torch.zeros(len(tokenizer), dtype=torch.bool)
-    objects[[ids[0] for each in tasks[0].objects for ids in [tasks[0].speller.ids(f" {each}")]]] = True
+    objects[[tasks[0].speller.ids(f" {each}")[0] for each in tasks[0].objects]] = True
 
     model = make_model(tokenizer).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.01, betas=(0.9, 0.95))

@@ -3,12 +3,12 @@
     history   . out one by one. home of cat mill | . at noon. home of dog sea | . the fence. home of cat lake
     question  . slow tune. home of cat ->  lake.
 
-A statement is (subject, relation, object) with one relation, in the words of a telegram; the object that was stated last
-counts. Every statement is a block of
-`statement_length` tokens with filler before it, and its full stop opens the next block, so that in segments of that
-length each segment ends with an object. The question has the form of a statement and is, with its answer, the last
-block. Which object belongs to a fact is drawn anew for every history, so training and evaluation share words but
-neither random streams (`rng_for`) nor anything that could be learned of an item; a guess is right once in `n_objects`.
+A statement is (subject, relation, object) with one relation, in the words of a telegram; the object that was stated
+last counts. Every statement is a block of `statement_length` tokens with filler before it, and its full stop opens the
+next block, so that in segments of that length each segment ends with an object. The question has the form of a statement
+and is, with its answer, the last block. Which object a subject has is drawn anew for every history, so training and
+evaluation share words but neither random streams (`rng_for`) nor anything that could be learned of an item; a guess is
+right once in `n_objects`.
 """
 
 from __future__ import annotations
@@ -37,8 +37,7 @@ OBJECTS = (
 class UpdatesConfig(Strict):
     """Fields of the fact update task.
 
-    n_subjects: each has one fact. n_objects: that a fact can have. updates:
-    share of the statements that give an earlier fact another object; more, where all facts are stated already. repeats:
+    n_subjects: each has one fact. n_objects: that a fact can have. updates: share of the statements that give an earlier fact another object; more, where all facts are stated already. repeats:
     share of those that say again what is so, which asks for it within the history: for a base that learns to recall.
     statement_length: tokens of a statement with its filler.
     """
