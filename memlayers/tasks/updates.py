@@ -37,9 +37,10 @@ OBJECTS = (
 class UpdatesConfig(Strict):
     """Fields of the fact update task.
 
-    n_subjects: each has one fact. n_objects: that a fact can have. updates: share of the statements that give an earlier fact another object; more, where all facts are stated already. repeats:
-    share of those that say again what is so, which asks for it within the history: for a base that learns to recall.
-    statement_length: tokens of a statement with its filler.
+    n_subjects: each has one fact. n_objects: that a fact can have. updates: share of the statements that give an
+    earlier fact another object; more, where all facts are stated already. repeats: share of those that say again what
+    is so, which asks for it within the history: for a base that learns to recall. statement_length: tokens of a
+    statement with its filler.
     """
 
     type: Literal["updates"] = "updates"
