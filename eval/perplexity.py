@@ -83,7 +83,7 @@ def measure(
                 losses = _losses(model, rows.reshape(-1, window) if cut else rows, window)
             means += losses.view(len(rows), -1).mean(1).tolist()
             advance(len(rows))
-        cells[arm] = _cell(means, sequences.numel() - sequences.numel() // window, seed)
+        cells[arm] = cell_of(means, sequences.numel() - sequences.numel() // window, seed)
     return cells
 
 
@@ -95,7 +95,7 @@ def _losses(model, ids: torch.Tensor, window: int) -> torch.Tensor:
     return losses[:, inside]
 
 
-def _cell(means: list[float], tokens: int, seed: int) -> dict:
+def cell_of(means: list[float], tokens: int, seed: int) -> dict:
     bounds = stats.bootstrap(
         (np.array(means),), np.mean, method="percentile", n_resamples=2000, rng=np.random.default_rng(seed)
     ).confidence_interval

@@ -30,6 +30,12 @@ from .model import memories, memory_parameters, window  # noqa: E402
 from .neural import NeuralMemories, NeuralMemory, NeuralMemoryConfig  # noqa: E402
 from .optim import RowSparseAdamW  # noqa: E402
 from .product_key import ProductKeyMemories, ProductKeyMemory, ProductKeyMemoryConfig  # noqa: E402
+from .reversible import (  # noqa: E402
+    ReversibleCompressor,
+    ReversibleMemory,
+    ReversibleMemoryConfig,
+    read_back,
+)
 from .state import MemoryCache, MemoryState  # noqa: E402
 from .stream import write  # noqa: E402
 from .task_tokens import TaskTokens, TaskTokensConfig  # noqa: E402
@@ -58,6 +64,9 @@ __all__ = [
     "ProductKeyMemories",
     "ProductKeyMemory",
     "ProductKeyMemoryConfig",
+    "ReversibleCompressor",
+    "ReversibleMemory",
+    "ReversibleMemoryConfig",
     "RowSparseAdamW",
     "TaskTokens",
     "TaskTokensConfig",
@@ -68,6 +77,7 @@ __all__ = [
     "memories",
     "memory_parameters",
     "parse_memory_config",
+    "read_back",
     "save",
     "window",
     "write",

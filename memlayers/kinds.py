@@ -14,11 +14,13 @@ from .lora import LoRAMemories, LoRAMemoryConfig
 from .memory import Memory
 from .neural import NeuralMemories, NeuralMemoryConfig
 from .product_key import ProductKeyMemories, ProductKeyMemoryConfig
+from .reversible import ReversibleMemory, ReversibleMemoryConfig
 from .task_tokens import TaskTokens, TaskTokensConfig
 from .tokens import MemoryTokens, MemoryTokensConfig
 
 KINDS: dict[str, tuple[type[MemoryConfig], type[Memory]]] = {
     "tokens": (MemoryTokensConfig, MemoryTokens),
+    "reversible": (ReversibleMemoryConfig, ReversibleMemory),
     "associative": (AssociativeMemoryConfig, AssociativeMemory),
     "cartridge": (CartridgeConfig, Cartridge),
     "neural": (NeuralMemoryConfig, NeuralMemories),

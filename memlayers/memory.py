@@ -42,6 +42,10 @@ class Memory(nn.Module):
     """Last part of the name of a field by which a state of this kind is known among those of other kinds."""
     write_layer: int = -1
     """Decoder layer whose output such a kind writes from."""
+    from_text: bool = False
+    """Whether such a kind writes from the embeddings of a segment instead, and takes their mask."""
+    reads_back: bool = False
+    """Whether the text can be read back from its state (`cycle_loss`, `read_back`)."""
 
     def __init__(self, config: MemoryConfig):
         super().__init__()
@@ -95,6 +99,10 @@ class Memory(nn.Module):
         """
         raise NotImplementedError(f"{type(self).__name__} is written by forward calls")
 
+    def cycle_loss(self, model: nn.Module, input_ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """Mean loss of a text (batch, tokens) when it is written and read back, for memories that `reads_back`."""
+        raise NotImplementedError(f"{type(self).__name__} cannot be read back")
+
     def positions(self, fields: Fields) -> torch.Tensor | None:
         """(batch,) int64: positions before a text that a memory takes for itself; None: none."""
         return None
@@ -127,6 +135,14 @@ class Memory(nn.Module):
 
     def extra_repr(self) -> str:
         return ", ".join(f"{k}={v!r}" for k, v in self.config.model_dump().items() if k != "type")
+
+
+def append_rows(old: torch.Tensor, new: torch.Tensor, active: torch.Tensor) -> torch.Tensor:
+    """(batch, n + m, ...): `new` (batch, m, ...) behind `old` (batch, n, ...) in the rows that are `active` (batch,)
+    bool; in the others `old` moves to the right, behind m zeros."""
+    grown = torch.cat([old, new], dim=1)
+    kept = torch.cat([torch.zeros_like(new), old], dim=1)
+    return torch.where(active.view(-1, *[1] * (old.dim() - 1)), grown, kept)
 
 
 @torch.no_grad()

@@ -201,7 +201,9 @@ def _one_segment(forward, segment, segment_mask, fields, request: Request, write
 
     new_fields = {**fields, **run.after}
     for name, memory in memories.items():
-        if writes:
+        if writes and memory.from_text:
+            new_fields[name] = memory.update(fields[name], segment, segment_mask)
+        elif writes:
             written = written_by[memory.write_layer][:, write_at[name]]
             new_fields[name] = memory.update(fields[name], written, active)
     return tuple(hidden[:, start : start + segment.shape[1]] for hidden in shown), new_fields, mask

@@ -185,6 +185,21 @@ KINDS += [
 ]
 
 
+KINDS += [
+    Kind(
+        "reversible",
+        {"past": ml.ReversibleMemoryConfig(n_tokens=1, ratios=[SEGMENT], heads=4, depth=2)},
+        accumulates=True,
+    ),
+    Kind(
+        "reversible_levels",
+        {"past": ml.ReversibleMemoryConfig(n_tokens=1, ratios=[1, SEGMENT], heads=2, depth=2)},
+        accumulates=True,
+        only=UNLIKE,
+    ),
+]
+
+
 def _task_tokens(name: str, only: tuple[str, ...] = (), **fields) -> Kind:
     """Three procedures behind the vocabulary."""
     config = ml.TaskTokensConfig(names=["sort", "copy", "reverse"], **fields)

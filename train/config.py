@@ -83,17 +83,20 @@ class LoraSection(Strict):
 
 
 class LossSection(Strict):
-    """Weights of three mean cross-entropies that are summed. Plain text has one, of weight 1.
+    """Weights of mean cross-entropies that are summed. Plain text has `cycle` and one more, of weight 1.
 
     Attributes:
         answer: answer tokens.
         rest: the other tokens of question and answer.
         context: tokens of the context (in regime D it costs the logits of the whole context).
+        cycle: tokens of what is written (in regime D the context, else all), read back from memory; for memories
+            that can be read back, such as `reversible`.
     """
 
     answer: float = Field(1.0, ge=0)
     rest: float = Field(0.2, ge=0)
     context: float = Field(0.0, ge=0)
+    cycle: float = Field(0.0, ge=0)
 
 
 class SegmentRange(Strict):

@@ -161,6 +161,10 @@ def check_regime(model: PreTrainedModel, regime: str, loss: LossSection) -> None
         raise ConfigError(
             "data.regime: F is full attention, but a memory cuts attention to a window; use W or D"
         )
+    if loss.cycle > 0 and not any(memory.reads_back for memory in ml.memories(model).values()):
+        raise ConfigError(
+            "loss.cycle: no memory of this model can be read back; attach one of type reversible, or set it to 0"
+        )
     if regime == "D" and loss.context > 0 and by_gradient(model):
         raise ConfigError(
             "loss.context: this memory writes the context by gradient steps of its own, which have no loss outside; "

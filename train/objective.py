@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from memlayers.model import by_gradient
+from memlayers.model import by_gradient, memories
 from memlayers.stream import write
 
 from .background import Background, divergence
@@ -24,6 +24,7 @@ class Objective(nn.Module):
         weights: (part, weight) pairs of the loss, see `data.loss_weights`.
         by_item: count an item as right when all its answer tokens are the most likely ones; else count tokens.
         background: what else is to stay as the base has it, where a run has such a section.
+        cycle: weight of the loss of what is written when it is read back, over all memories that can be.
     """
 
     def __init__(
@@ -32,10 +33,11 @@ class Objective(nn.Module):
         weights: list[tuple[int, float]],
         by_item: bool,
         background: Background | None = None,
+        cycle: float = 0.0,
     ):
         super().__init__()
         self.model, self.weights, self.by_item = model, weights, by_item
-        self.background = background
+        self.background, self.cycle = background, cycle
         self.with_context = any(part == CONTEXT for part, _ in weights)
 
     def forward(self, batch: Batch, background: Batch | None = None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -65,7 +67,18 @@ class Objective(nn.Module):
         if background is not None:
             far = divergence(self.model, background, self.background.base)
             loss = loss + self.background.weight * far
+        if self.cycle > 0:
+            loss = loss + self.cycle * self._cycle_loss(batch)
         return loss, self._accuracy(logits.detach(), targets, parts)
+
+    def _cycle_loss(self, batch: Batch) -> torch.Tensor:
+        """The sum over the memories that can be read back."""
+        ids, mask = batch.input_ids, batch.attention_mask
+        if batch.context_ids is not None:
+            ids, mask = batch.context_ids, batch.context_mask
+        mask = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
+        found = [memory for memory in memories(self.model).values() if memory.reads_back]
+        return sum(memory.cycle_loss(self.model, ids, mask) for memory in found)
 
     def _write(self, batch: Batch):
         """The state after the context, and the context's own loss if it has a weight."""

@@ -85,7 +85,7 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
         weights = loss_weights(config.loss, source.has_accuracy)
         model.to(accelerator.device)
         background = Background(model, config, tokenizer) if config.background is not None else None
-        objective = Objective(model, weights, by_item=source.by_item, background=background)
+        objective = Objective(model, weights, source.by_item, background, config.loss.cycle)
         tables = row_sparse_tables(model, config.optimizer)
         optimizers = make_optimizers(model, config, tables)
         objective = prepare_objective(accelerator, objective, tables.values())

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from ..config import layer_index
-from ..memory import Fields, Memory, embedding_std
+from ..memory import Fields, Memory, append_rows, embedding_std
 from .config import MemoryTokensConfig
 from .prefix import PrefixWriter
 
@@ -101,10 +101,10 @@ class MemoryTokens(Memory):
         memory, length = state["memory"], state["length"]
         if self.replaces:
             return {**after, "memory": torch.where(active[:, None, None], written, memory)}
-        grown = torch.cat([memory, written], dim=1)
-        kept = torch.cat([torch.zeros_like(written), memory], dim=1)
-        memory = torch.where(active[:, None, None], grown, kept)
-        return {"memory": memory, "length": length + active * written.shape[1]}
+        return {
+            "memory": append_rows(memory, written, active),
+            "length": length + active * written.shape[1],
+        }
 
     def _project(self, written: torch.Tensor) -> torch.Tensor:
         if self.config.projection != "none":

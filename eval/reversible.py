@@ -1,0 +1,317 @@
+"""How much of a text a reversible memory gives back, over how far it compresses.
+
+    python -m memlayers.eval.reversible --config configs/eval/reversible.yaml --out runs/reversible
+
+Every arm is a reversible memory on the same frozen base, trained on the first four fifths of a file with the cycle loss
+alone. Of unseen segments (the last fifth) are counted the tokens that come back, and the segments that come back whole.
+Beside it: the same before training, memory of another segment, and the most frequent token of the training text. A
+memory with `backwards: separate` is the plain autoencoder of the same size.
+
+With `checkpoint`, what `train/run.py` trained is measured too: the same shares, and the perplexity of the last segment of
+unseen sequences after the segments before it were read into memory, stood in attention, or were not there.
+
+OUT gets, for each seed, report.json, samples.jsonl and report.md, and then summary.md and reversible.png over all the
+seeds that lie there.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import mean
+from typing import Annotated
+
+import torch
+import typer
+from pydantic import Field, model_validator
+from tqdm.auto import tqdm
+from transformers import AutoTokenizer, get_cosine_schedule_with_warmup
+
+import memlayers as ml
+from memlayers.config import ConfigError, Strict
+from memlayers.eval.models import load_plain
+from memlayers.eval.perplexity import PerplexityConfig, cell_of, unseen_prose
+from memlayers.eval.speed.timing import where
+from memlayers.eval.statistics import paired_bootstrap, wilson
+from memlayers.eval.summary import over_seeds, reports_of_seeds, table
+from memlayers.files import write_text, write_whole
+from memlayers.tasks.filler import TRAIN_SHARE, split_sentences
+from memlayers.yaml_config import load_yaml
+
+MEMORY = "past"
+CONTROLS = ("untrained", "shuffled", "most_frequent")
+GIVEN = ("text", "memory", "shuffled_memory", "untrained_memory", "nothing")
+"""What stands before the last segment of a sequence."""
+
+
+class ReversibleEvalConfig(Strict):
+    """What is measured.
+
+    Attributes:
+        model: folder or hub id of a plain checkpoint, the base.
+        file: a plain text file; the last fifth of its sentences is unseen.
+        arms: name to memory.
+        steps, batch_size, learning_rate: of training an arm: segments a step, AdamW, cosine to 0 after a tenth.
+        n_segments: unseen segments, fewer if the text ends before.
+        checkpoint: folder of a trained model with one reversible memory, `{seed}` stands for the seed; None: none.
+        context_segments: read before the last segment, where perplexity is measured.
+        n_sequences: for perplexity.
+        seeds: of the arms' starts and batches.
+        note: for the report, how the settings were chosen.
+    """
+
+    model: str
+    file: str
+    arms: dict[str, ml.ReversibleMemoryConfig] = Field(min_length=1)
+    steps: int = Field(400, ge=1)
+    batch_size: int = Field(32, ge=1)
+    learning_rate: float = Field(2e-2, gt=0)
+    n_segments: int = Field(500, ge=2)
+    checkpoint: str | None = None
+    context_segments: int = Field(3, ge=1)
+    n_sequences: int = Field(100, ge=2)
+    seeds: list[Annotated[int, Field(ge=0)]] = Field([0, 1, 2], min_length=1)
+    note: str = ""
+
+    @model_validator(mode="after")
+    def _fits_together(self):
+        if len(set(self.seeds)) < len(self.seeds):
+            raise ConfigError(f"seeds: {self.seeds} names a value twice")
+        return self
+
+
+def evaluate(config: ReversibleEvalConfig, output_dir: str | Path, progress: bool = True) -> list[dict]:
+    """Measure every seed and write the files; the reports.
+
+    Raises `FileNotFoundError` for a checkpoint or a text that is not there, `ValueError` for a text that is too short
+    or a checkpoint without the memory that is measured.
+    """
+    reports = []
+    for seed in config.seeds:
+        report, samples = measure(config, seed, progress)
+        folder = Path(output_dir) / f"seed{seed}"
+        write_text(folder / "samples.jsonl", "".join(json.dumps(row) + "\n" for row in samples))
+        write_text(folder / "report.md", markdown([report]))
+        write_text(folder / "report.json", json.dumps(report, indent=2) + "\n")
+        reports.append(report)
+    reports_there = reports_of_seeds(Path(output_dir))
+    write_whole(Path(output_dir) / "reversible.png", lambda path: picture(reports_there, path))
+    write_text(Path(output_dir) / "summary.md", markdown(reports_there))
+    return reports
+
+
+def measure(config: ReversibleEvalConfig, seed: int, progress: bool = False) -> tuple[dict, list[dict]]:
+    """What report.json holds of one seed, and a row an arm with the number of right tokens of every segment."""
+    started = time.perf_counter()
+    tokenizer = AutoTokenizer.from_pretrained(config.model)
+    report: dict = {"config": {**config.model_dump(), "seed": seed}, "arms": {}}
+    rows = []
+    for name, memory_config in config.arms.items():
+        base = load_plain(config.model)
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            memory = ml.attach(base, memory_config, name=MEMORY)
+        text = texts(config, tokenizer, memory.segment_length)
+        cell, row = measure_arm(base, memory, *text, config, seed, name if progress else None)
+        report["arms"][name] = cell
+        rows.append({"arm": name, **row})
+    if config.checkpoint is not None:
+        model = ml.load(config.checkpoint.format(seed=seed))
+        report["continuation"], row = continuation(model, tokenizer, config, seed)
+        rows.append({"arm": "checkpoint", **row})
+    report |= {**where("cpu", "transformers"), "wall_s": round(time.perf_counter() - started, 1)}
+    return report, rows
+
+
+def texts(config: ReversibleEvalConfig, tokenizer, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The training part (tokens,) and unseen segments (n, length) of the file; raises as `unseen_prose`."""
+    prose = PerplexityConfig(file=config.file, windows=1, n_sequences=config.n_segments)
+    unseen = unseen_prose(prose, tokenizer, length)
+    sentences = split_sentences(Path(config.file).read_text(encoding="utf-8"))
+    text = " ".join(sentences[: round(len(sentences) * TRAIN_SHARE)])
+    return tokenizer(text, add_special_tokens=False, return_tensors="pt", verbose=False).input_ids[0], unseen
+
+
+def measure_arm(base, memory, seen, unseen, config: ReversibleEvalConfig, seed: int, bar: str | None = None):
+    """Train one memory and count; its cell of the report and its row of samples.jsonl."""
+    untrained = share(right_tokens(base, memory, unseen), unseen.shape[1], seed)
+    started = time.process_time()
+    loss = fit(base, memory, seen, config, seed, bar)
+    seconds = time.process_time() - started
+    right = right_tokens(base, memory, unseen)
+    frequent = seen.bincount().argmax()
+    cell = {
+        "ratio": memory.segment_length / memory.config.n_tokens,
+        "parameters": sum(p.numel() for p in memory.compressor.parameters()),
+        "train_loss": loss,
+        **share(right, unseen.shape[1], seed),
+        "controls": {
+            "untrained": untrained,
+            "shuffled": share(right_tokens(base, memory, unseen, shift=1), unseen.shape[1], seed),
+            "most_frequent": share((unseen == frequent).sum(1), unseen.shape[1], seed),
+        },
+        "cpu_s": seconds,
+    }
+    return cell, {"length": unseen.shape[1], "right": right.tolist()}
+
+
+def fit(
+    base, memory, seen: torch.Tensor, config: ReversibleEvalConfig, seed: int, bar: str | None = None
+) -> float:
+    """Train `memory` on random segments of `seen` (tokens,) with the cycle loss; its mean over the last tenth."""
+    optimizer = torch.optim.AdamW(memory.parameters(), lr=config.learning_rate, betas=(0.9, 0.95))
+    schedule = get_cosine_schedule_with_warmup(optimizer, config.steps // 10, config.steps)
+    generator, losses = torch.Generator().manual_seed(seed), []
+    span = torch.arange(memory.segment_length)
+    for _ in tqdm(range(config.steps), desc=f"seed {seed}, {bar}", disable=bar is None, mininterval=10):
+        starts = torch.randint(len(seen) - len(span) + 1, (config.batch_size, 1), generator=generator)
+        ids = seen[starts + span]
+        loss = memory.cycle_loss(base, ids, torch.ones_like(ids, dtype=torch.bool))
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(memory.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        losses.append(loss.item())
+    return mean(losses[-max(1, len(losses) // 10) :])
+
+
+@torch.no_grad()
+def right_tokens(model, memory, segments: torch.Tensor, shift: int = 0) -> torch.Tensor:
+    """How many tokens of each segment (n, length) come back, (n,); `shift`: each from the memory of another segment."""
+    mask = torch.ones_like(segments, dtype=torch.bool)
+    state = memory.update(memory.new_state(len(segments)), model.get_input_embeddings()(segments), mask)
+    said, _ = memory.read_back(model, {name: x.roll(shift, 0) for name, x in state.items()})
+    return (said == segments).sum(1)
+
+
+def share(right: torch.Tensor, length: int, seed: int) -> dict:
+    """Shares of tokens and of whole segments, with 95 % intervals: a bootstrap over segments, and Wilson's."""
+    shares, n, whole = (right / length).tolist(), len(right), int((right == length).sum())
+    low, high = paired_bootstrap(shares, range(n), seed=seed)
+    tokens = {"tokens": mean(shares), "tokens_low": low, "tokens_high": high}
+    low, high = wilson(whole, n)
+    return {**tokens, "segments": whole / n, "segments_low": low, "segments_high": high, "n_segments": n}
+
+
+@torch.no_grad()
+def continuation(model, tokenizer, config: ReversibleEvalConfig, seed: int) -> tuple[dict, dict]:
+    """What a checkpoint gives back, and the perplexity of what follows on it, by what stands before."""
+    found = {name: memory for name, memory in ml.memories(model).items() if memory.reads_back}
+    if len(found) != 1:
+        raise ValueError(f"checkpoint: needs one reversible memory, found {sorted(found) or 'none'}")
+    (name, memory), window = *found.items(), ml.window(model)
+    model.eval()
+    _, segments = texts(config, tokenizer, window)
+    right = right_tokens(model, memory, segments)
+    prose = PerplexityConfig(
+        file=config.file, windows=config.context_segments + 1, n_sequences=config.n_sequences
+    )
+    sequences = unseen_prose(prose, tokenizer, window)
+    before, last = sequences[:, :-window], sequences[:, -window:]
+    trained = ml.write(model, before)
+    losses = {"memory": _losses(model, last, memory_state=trained)}
+    rolled = trained.select(torch.arange(len(last)).roll(1))
+    losses["shuffled_memory"] = _losses(model, last, memory_state=rolled)
+    with ml.disabled(model):
+        losses["text"], losses["nothing"] = _losses(model, sequences)[:, 1 - window :], _losses(model, last)
+    fresh = ml.detach(model, name)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        ml.attach(fresh, memory.config, name=name)
+    losses["untrained_memory"] = _losses(fresh, last, memory_state=ml.write(fresh, before))
+    cells = {given: cell_of(losses[given].mean(1).tolist(), losses[given].numel(), seed) for given in GIVEN}
+    shares = {"ratio": window / memory.config.n_tokens, **share(right, window, seed)}
+    return {**shares, "perplexity": cells}, {"length": window, "right": right.tolist()}
+
+
+def _losses(model, ids: torch.Tensor, **state) -> torch.Tensor:
+    logits = model(input_ids=ids, use_cache=False, **state).logits[:, :-1].float()
+    return torch.nn.functional.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
+
+
+def markdown(reports: Sequence[dict]) -> str:
+    """Tables: what comes back, the controls beside it, and perplexities."""
+    first = reports[0]
+    config = first["config"]
+    seeds = ", ".join(str(report["config"]["seed"]) for report in reports)
+    lines = [
+        "# What a reversible memory gives back",
+        "",
+        f"{config['model']}, frozen; {config['file']}; seeds {seeds}: mean (lowest to highest). {config['steps']} steps of "
+        f"{config['batch_size']} segments at rate {config['learning_rate']:g} on the cycle loss. Ratio: tokens of text a "
+        "memory token. Shares of unseen tokens, and of unseen segments as a whole, that come back exactly; 95 % intervals "
+        f"of each seed are in its report.json. {config['note']}".rstrip(),
+        "",
+    ]
+    head = ["arm", "ratio", "segment", "parameters", "tokens", "segments", "CPU s", *CONTROLS]
+    rows = []
+    for name, memory in config["arms"].items():
+        cells = [report["arms"][name] for report in reports]
+        length = ml.ReversibleMemoryConfig(**memory).segment_length
+        counts = [f"{cells[0]['ratio']:g}", str(length), f"{cells[0]['parameters']:,}"]
+        shares = [over_seeds(cells, field, 3) for field in ("tokens", "segments")]
+        controls = [over_seeds([c["controls"][control] for c in cells], "tokens", 3) for control in CONTROLS]
+        rows.append([name, *counts, *shares, over_seeds(cells, "cpu_s", 0), *controls])
+    lines += table(head, rows)
+    cells = [report["continuation"] for report in reports if "continuation" in report]
+    if cells:
+        lines += [
+            "",
+            f"## Trained by {config['checkpoint']}",
+            "",
+            f"Ratio {cells[0]['ratio']:g}; unseen tokens that come back {over_seeds(cells, 'tokens', 3)}, segments "
+            f"{over_seeds(cells, 'segments', 3)}. Perplexity of a segment after {config['context_segments']}, by what "
+            "stands before it:",
+            "",
+        ]
+        values = [over_seeds([c["perplexity"][given] for c in cells], "perplexity", 2) for given in GIVEN]
+        lines += table([given.replace("_", " ") for given in GIVEN], [values])
+    versions = ", ".join(f"{name} {value}" for name, value in first["versions"].items())
+    return "\n".join([*lines, "", f"{first['device']}, {first['threads']} thread; {versions}.", ""])
+
+
+def picture(reports: Sequence[dict], path: str | Path) -> None:
+    """A PNG picture: shares of tokens and of segments over the ratio; a mark an arm and seed, a line through the means."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    kinds = sorted({_family(arm) for arm in reports[0]["config"]["arms"].values()})
+    for axis, field in zip(figure.subplots(1, 2), ("tokens", "segments")):
+        for number, kind in enumerate(kinds):
+            arms = [name for name, arm in reports[0]["config"]["arms"].items() if _family(arm) == kind]
+            points = sorted(
+                (reports[0]["arms"][name]["ratio"], [report["arms"][name][field] for report in reports])
+                for name in arms
+            )
+            for ratio, values in points:
+                axis.plot([ratio] * len(values), values, ".", color=f"C{number}")
+            axis.plot(*zip(*((r, mean(v)) for r, v in points)), "-", color=f"C{number}", label=kind)
+        axis.set_xscale("log", base=2)
+        axis.set_ylim(-0.02, 1.02)
+        axis.set_xlabel("tokens of text a memory token")
+        axis.set_title(f"share of unseen {field} that comes back", fontsize=10)
+        axis.legend(fontsize=8)
+    figure.savefig(path, format="png", dpi=120)
+
+
+def _family(arm: dict) -> str:
+    return f"{arm['backwards']}, {len(arm['ratios'])} level" + "s" * (len(arm["ratios"]) > 1)
+
+
+def main(
+    config: Annotated[Path, typer.Option(help="YAML file; see configs/eval/reversible.yaml.")],
+    out: Annotated[Path, typer.Option(help="Folder of the reports.")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE")] = None,
+) -> None:
+    """Measure how much of a text a reversible memory gives back."""
+    evaluate(load_yaml(config, overrides or [], ReversibleEvalConfig), out)
+    typer.echo(f"wrote {out / 'summary.md'} and what lies beside it")
+
+
+if __name__ == "__main__":
+    typer.run(main)

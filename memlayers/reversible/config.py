@@ -1,0 +1,48 @@
+"""The fields of a reversible memory."""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from ..config import ConfigError, MemoryConfig
+
+
+class ReversibleMemoryConfig(MemoryConfig):
+    """Memory tokens that an invertible network makes of the text itself, and that later segments read.
+
+    Attributes:
+        n_tokens: memory tokens that a segment becomes, and those that a span becomes at every level.
+        ratios: levels from the text up (document, paragraph, entity in the paper; here equal spans). At each, spans of
+            n_tokens · ratio vectors become n_tokens. A segment has n_tokens · the product of all ratios text tokens.
+        depth: couplings of a level; a single one would read half of the width only.
+        heads: of their attention; the first `ratio` of them begin with a place of its own each, see `first_route`.
+        expansion: of their MLP.
+        backwards: how text is read back: by the `inverse` of the same couplings, or, for comparison, by couplings of
+            its own: the second half of `depth`, while the first half compresses (`separate`).
+        bptt_segments: back-propagate through at most this many segments; None for all of a call.
+        write_while_decoding: also write the tokens that `generate` produces, a segment at a time.
+    """
+
+    type: Literal["reversible"] = "reversible"
+    n_tokens: int = Field(4, ge=1)
+    ratios: list[Annotated[int, Field(ge=1)]] = Field([8], min_length=1)
+    depth: int = Field(4, ge=2)
+    heads: int = Field(8, ge=1)
+    expansion: int = Field(4, ge=1)
+    backwards: Literal["inverse", "separate"] = "inverse"
+    bptt_segments: int | None = Field(None, ge=1)
+    write_while_decoding: bool = False
+
+    @model_validator(mode="after")
+    def _fits_together(self):
+        if self.backwards == "separate" and self.depth % 2:
+            raise ConfigError(f"depth: {self.depth} couplings have no halves; backwards 'separate' needs two")
+        return self
+
+    @property
+    def segment_length(self) -> int:
+        """Text tokens of a segment."""
+        return self.n_tokens * math.prod(self.ratios)
