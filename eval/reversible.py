@@ -11,7 +11,7 @@ With `checkpoint`, what `train/run.py` trained is measured too: the same shares,
 unseen sequences after the segments before it were read into memory, stood in attention, or were not there.
 
 OUT gets, for each seed, report.json, samples.jsonl and report.md, and then summary.md and reversible.png over all the
-seeds that lie there.
+seeds that lie there; no picture where only a checkpoint is measured.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class ReversibleEvalConfig(Strict):
     Attributes:
         model: folder or hub id of a plain checkpoint, the base.
         file: a plain text file; the last fifth of its sentences is unseen.
-        arms: name to memory.
+        arms: name to memory; {}: only the checkpoint.
         steps, batch_size, learning_rate: of training an arm: segments a step, AdamW, cosine to 0 after a tenth.
         n_segments: unseen segments, fewer if the text ends before.
         checkpoint: folder of a trained model with one reversible memory, `{seed}` stands for the seed; None: none.
@@ -64,7 +64,7 @@ class ReversibleEvalConfig(Strict):
 
     model: str
     file: str
-    arms: dict[str, ml.ReversibleMemoryConfig] = Field(min_length=1)
+    arms: dict[str, ml.ReversibleMemoryConfig] = Field(default_factory=dict)
     steps: int = Field(400, ge=1)
     batch_size: int = Field(32, ge=1)
     learning_rate: float = Field(2e-2, gt=0)
@@ -79,6 +79,8 @@ class ReversibleEvalConfig(Strict):
     def _fits_together(self):
         if len(set(self.seeds)) < len(self.seeds):
             raise ConfigError(f"seeds: {self.seeds} names a value twice")
+        if not self.arms and self.checkpoint is None:
+            raise ConfigError("arms: nothing to measure; give arms, or a checkpoint")
         return self
 
 
@@ -97,7 +99,8 @@ def evaluate(config: ReversibleEvalConfig, output_dir: str | Path, progress: boo
         write_text(folder / "report.json", json.dumps(report, indent=2) + "\n")
         reports.append(report)
     reports_there = reports_of_seeds(Path(output_dir))
-    write_whole(Path(output_dir) / "reversible.png", lambda path: picture(reports_there, path))
+    if config.arms:
+        write_whole(Path(output_dir) / "reversible.png", lambda path: picture(reports_there, path))
     write_text(Path(output_dir) / "summary.md", markdown(reports_there))
     return reports
 
@@ -240,22 +243,12 @@ def markdown(reports: Sequence[dict]) -> str:
     lines = [
         "# What a reversible memory gives back",
         "",
-        f"{config['model']}, frozen; {config['file']}; seeds {seeds}: mean (lowest to highest). {config['steps']} steps of "
-        f"{config['batch_size']} segments at rate {config['learning_rate']:g} on the cycle loss. Ratio: tokens of text a "
+        f"{config['model']}, frozen; {config['file']}; seeds {seeds}: mean (lowest to highest). Ratio: tokens of text a "
         "memory token. Shares of unseen tokens, and of unseen segments as a whole, that come back exactly; 95 % intervals "
         f"of each seed are in its report.json. {config['note']}".rstrip(),
-        "",
     ]
-    head = ["arm", "ratio", "segment", "parameters", "tokens", "segments", "CPU s", *CONTROLS]
-    rows = []
-    for name, memory in config["arms"].items():
-        cells = [report["arms"][name] for report in reports]
-        length = ml.ReversibleMemoryConfig(**memory).segment_length
-        counts = [f"{cells[0]['ratio']:g}", str(length), f"{cells[0]['parameters']:,}"]
-        shares = [over_seeds(cells, field, 3) for field in ("tokens", "segments")]
-        controls = [over_seeds([c["controls"][control] for c in cells], "tokens", 3) for control in CONTROLS]
-        rows.append([name, *counts, *shares, over_seeds(cells, "cpu_s", 0), *controls])
-    lines += table(head, rows)
+    if config["arms"]:
+        lines += ["", *arms_table(reports)]
     cells = [report["continuation"] for report in reports if "continuation" in report]
     if cells:
         lines += [
@@ -271,6 +264,25 @@ def markdown(reports: Sequence[dict]) -> str:
         lines += table([given.replace("_", " ") for given in GIVEN], [values])
     versions = ", ".join(f"{name} {value}" for name, value in first["versions"].items())
     return "\n".join([*lines, "", f"{first['device']}, {first['threads']} thread; {versions}.", ""])
+
+
+def arms_table(reports: Sequence[dict]) -> list[str]:
+    """What comes back, an arm a row, and the controls beside it."""
+    config = reports[0]["config"]
+    lines = [
+        f"{config['steps']} steps of {config['batch_size']} segments at rate {config['learning_rate']:g} on the cycle loss:",
+        "",
+    ]
+    head = ["arm", "ratio", "segment", "parameters", "tokens", "segments", "CPU s", *CONTROLS]
+    rows = []
+    for name, memory in config["arms"].items():
+        cells = [report["arms"][name] for report in reports]
+        length = ml.ReversibleMemoryConfig(**memory).segment_length
+        counts = [f"{cells[0]['ratio']:g}", str(length), f"{cells[0]['parameters']:,}"]
+        shares = [over_seeds(cells, field, 3) for field in ("tokens", "segments")]
+        controls = [over_seeds([c["controls"][control] for c in cells], "tokens", 3) for control in CONTROLS]
+        rows.append([name, *counts, *shares, over_seeds(cells, "cpu_s", 0), *controls])
+    return lines + table(head, rows)
 
 
 def picture(reports: Sequence[dict], path: str | Path) -> None:
