@@ -149,10 +149,11 @@ class Coupling(nn.Module):
         rows, places, _ = x.shape
         x = _normed(self.norm_1, x) + self.places.to(x.dtype)
         q, k, v = _linear(self.qkv, x).view(rows, places, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
-        bias = self.route.to(x.dtype)[None]
+        # Not torch's fused attention, which takes another path, and rounds in another way, once `route` is frozen.
+        scores = q @ k.mT * q.shape[-1] ** -0.5 + self.route.to(x.dtype)
         if used is not None:
-            bias = bias.masked_fill(~used[:, None, None], float("-inf"))
-        read = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+            scores = scores.masked_fill(~used[:, None, None], float("-inf"))
+        read = scores.softmax(-1) @ v
         return _linear(self.out, read.transpose(1, 2).reshape(rows, places, -1))
 
     def _mlp(self, x: torch.Tensor) -> torch.Tensor:
