@@ -21,12 +21,12 @@ def rows_of(*lengths: int) -> list[torch.Tensor]:
     return [tokens(1, length, seed=length)[0] for length in lengths]
 
 
-def trained(steps: int = 40, rate: float = 2e-2, **fields):
+def trained(steps: int = 60, rate: float = 2e-2, **fields):
     """A model whose memory gives back texts of twenty tokens, and the losses on the way."""
     model, memory = wrapped(**fields)
     optimizer, losses = torch.optim.AdamW(memory.parameters(), lr=rate), []
     for step in range(steps):
-        ids = tokens(16, SIZE, seed=step) % 20 + 300
+        ids = tokens(32, SIZE, seed=step) % 20 + 300
         loss = memory.cycle_loss(model, ids, torch.ones_like(ids, dtype=torch.bool))
         optimizer.zero_grad()
         loss.backward()
