@@ -12,6 +12,7 @@ VARIANTS = {
     "Cartridge": ml.CartridgeConfig(n_tokens=2, writer=STEPS),
     "LoRAMemories": ml.LoRAMemoryConfig(r=2, writer=STEPS),
     "AssociativeMemory": ml.AssociativeMemoryConfig(n_tokens=2, segment_length=SEGMENT, key_dim=8),
+    "ReversibleMemory": ml.ReversibleMemoryConfig(n_tokens=1, ratios=[SEGMENT], heads=4, depth=2),
     "NeuralMemories": ml.NeuralMemoryConfig(layers=[0], heads=2, chunk_size=4),
 }
 

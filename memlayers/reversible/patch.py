@@ -19,7 +19,7 @@ from .module import ReversibleCompressor, token_scores
 class ReversibleMemory(Memory):
     """Memory tokens of all segments so far, read before the next one; text can be read back of them.
 
-    State, per row: `memory` (batch, slots, hidden_size) float32, as the compressor leaves it, right-aligned, n_tokens
+    State, per row: `compressed` (batch, slots, hidden_size) float32, as the compressor leaves it, right-aligned, n_tokens
     slots a segment; `tokens` (batch, segments) int64, the text tokens of each, 0 on the left of rows that wrote less;
     and `length` (batch,) int64, the slots in use.
 
@@ -30,6 +30,7 @@ class ReversibleMemory(Memory):
     """
 
     from_text = True
+    signature = "compressed"
     reads_back = True
 
     def __init__(self, config: ReversibleMemoryConfig, hidden_size: int, embedding_std: float = 0.02):
@@ -50,14 +51,14 @@ class ReversibleMemory(Memory):
         """No slots."""
         whole = {"dtype": torch.int64, "device": self.proj.device}
         return {
-            "memory": torch.zeros(batch_size, 0, self.hidden_size, device=self.proj.device),
+            "compressed": torch.zeros(batch_size, 0, self.hidden_size, device=self.proj.device),
             "tokens": torch.zeros(batch_size, 0, **whole),
             "length": torch.zeros(batch_size, **whole),
         }
 
     def read(self, state: Fields) -> tuple[torch.Tensor, torch.Tensor]:
         """Tokens to put before a segment: (batch, slots, hidden_size) and which are in use (batch, slots)."""
-        memory = state["memory"]
+        memory = state["compressed"]
         with torch.autocast(memory.device.type, enabled=False):
             shown = F.rms_norm(memory, (self.hidden_size,), self.norm.weight.float(), 1e-6)
             shown = shown @ self.proj.float().T
@@ -70,7 +71,7 @@ class ReversibleMemory(Memory):
         n_tokens, active = mask.sum(1), mask.any(1)
         memory = self.compress(*_on_the_left(segment, mask, self.segment_length))
         return {
-            "memory": append_rows(state["memory"], memory, active),
+            "compressed": append_rows(state["compressed"], memory, active),
             "tokens": append_rows(state["tokens"], n_tokens[:, None], active),
             "length": state["length"] + active * memory.shape[1],
         }
@@ -113,7 +114,7 @@ class ReversibleMemory(Memory):
         batch, n_segments = fields["tokens"].shape
         tokens = fields["tokens"].flatten()
         mask = torch.arange(self.segment_length, device=tokens.device) < tokens[:, None]
-        memory = fields["memory"].reshape(-1, self.config.n_tokens, self.hidden_size)
+        memory = fields["compressed"].reshape(-1, self.config.n_tokens, self.hidden_size)
         ids = torch.zeros_like(mask, dtype=torch.int64)
         for start in range(0, len(memory), 64):
             rows = slice(start, start + 64)
@@ -126,14 +127,14 @@ class ReversibleMemory(Memory):
 
     def check_state(self, fields: Fields, name: str) -> None:
         slots = self.config.n_tokens * fields["tokens"].shape[1] if "tokens" in fields else 0
-        for field in sorted({"memory", "tokens", "length"} | set(fields)):
+        for field in sorted({"compressed", "tokens", "length"} | set(fields)):
             tensor = fields.get(field)
-            expected = {"memory": (slots, self.hidden_size), "tokens": (None,), "length": ()}.get(field)
+            expected = {"compressed": (slots, self.hidden_size), "tokens": (None,), "length": ()}.get(field)
             got = None if tensor is None else tuple(tensor.shape[1:])
             if got != expected and not (field == "tokens" and got is not None and len(got) == 1):
                 raise ValueError(
                     f"memory {name!r}: field {field!r} of the state has shape {got and tuple(tensor.shape)}; this memory "
-                    f"has memory (batch, {self.config.n_tokens} a segment, {self.hidden_size}), tokens (batch, segments) "
+                    f"has compressed (batch, {self.config.n_tokens} a segment, {self.hidden_size}), tokens (batch, segments) "
                     "and length (batch,); the state was written by another memory"
                 )
 

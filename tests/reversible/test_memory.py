@@ -67,8 +67,8 @@ def test_what_is_stored_is_the_compressed_text():
     assert fields["tokens"].tolist() == [[6, 6, 2], [0, 0, 6]] and fields["length"].tolist() == [6, 2]
     whole = torch.ones(1, SIZE, dtype=torch.bool)
     embeds = model.get_input_embeddings()(rows[0][None, :SIZE])
-    torch.testing.assert_close(fields["memory"][:1, :2], memory.compress(embeds, whole))
-    assert fields["memory"][1, :4].abs().max() == 0
+    torch.testing.assert_close(fields["compressed"][:1, :2], memory.compress(embeds, whole))
+    assert fields["compressed"][1, :4].abs().max() == 0
 
 
 def test_reading_back_a_trained_memory():
@@ -106,9 +106,12 @@ def test_what_cannot_be_read_back():
         ml.read_back(model, state, name="notes")
     with pytest.raises(ValueError, match=says("no memory 'past'", "['other']")):
         ml.read_back(model, ml.MemoryState({"other": state["past"]}))
-    for field, tensor in [("tokens", torch.ones(1, 2, dtype=torch.int64)), ("memory", torch.zeros(1, 2, 8))]:
+    for field, tensor in [
+        ("tokens", torch.ones(1, 2, dtype=torch.int64)),
+        ("compressed", torch.zeros(1, 2, 8)),
+    ]:
         fields = {**state["past"], field: tensor}
-        with pytest.raises(ValueError, match=says("'memory'", "another memory")):
+        with pytest.raises(ValueError, match=says("'compressed'", "another memory")):
             ml.read_back(model, ml.MemoryState({"past": fields}))
     plain = llama().model()
     with pytest.raises(ValueError, match=says("found none among ['stream']")):
