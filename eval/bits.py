@@ -68,12 +68,13 @@ def measure(config: BitsConfig, seed: int, progress: bool = False) -> dict:
     base = load_plain(config.model).requires_grad_(False)
     alphabet = torch.tensor(tokens_of_words(AutoTokenizer.from_pretrained(config.model)))
     generator = torch.Generator().manual_seed(seed)
-    texts = alphabet[torch.randint(len(alphabet), (2, 1, max(config.lengths) + 1), generator=generator)]
+    longest = max(length for ladder in config.kinds.values() for length in ladder.lengths)
+    texts = alphabet[torch.randint(len(alphabet), (2, 1, longest + 1), generator=generator)]
     cells = [
         {"name": name, "size": size, "length": length}
         for name, ladder in config.kinds.items()
         for size in ladder.sizes
-        for length in config.lengths
+        for length in ladder.lengths
     ]
     for cell in tqdm(cells, desc=f"seed {seed}", unit="text", disable=not progress):
         ladder, part = config.kinds[cell["name"]], texts[:, :, : cell["length"] + 1]

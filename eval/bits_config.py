@@ -18,18 +18,22 @@ class Ladder(Strict):
         memory: all its other fields.
         field: the field that sizes set; `names` takes as many names.
         sizes: its values.
+        lengths: tokens of a text, one after the other; the most bits count.
         learning_rate: of AdamW.
     """
 
     memory: AnyMemoryConfig
     field: str
     sizes: list[Annotated[int, Field(ge=1)]] = Field(min_length=1)
+    lengths: list[Annotated[int, Field(ge=1)]] = Field([64, 256], min_length=1)
     learning_rate: float = Field(1e-2, gt=0)
 
     @model_validator(mode="after")
     def _fits_together(self):
-        if len(set(self.sizes)) < len(self.sizes):
-            raise ConfigError(f"sizes: {self.sizes} names a value twice")
+        for field in ("sizes", "lengths"):
+            values = getattr(self, field)
+            if len(set(values)) < len(values):
+                raise ConfigError(f"{field}: {values} names a value twice")
         for size in self.sizes:
             self.of_size(size)
         return self
@@ -45,7 +49,6 @@ class BitsConfig(Strict):
 
     Attributes:
         model: folder or hub id of a plain checkpoint, frozen.
-        lengths: tokens of a text, one after the other; the most bits count.
         steps: of AdamW on what a memory keeps for the text.
         kinds: name in the report to the kind and its sizes.
         seeds: of texts and of the memories' starts.
@@ -53,16 +56,13 @@ class BitsConfig(Strict):
     """
 
     model: str
-    lengths: list[Annotated[int, Field(ge=1)]] = Field([16, 64, 256], min_length=1)
     steps: int = Field(400, ge=1)
     kinds: dict[str, Ladder] = Field(min_length=1)
     seeds: list[Annotated[int, Field(ge=0)]] = Field([0, 1, 2], min_length=1)
     note: str = ""
 
     @model_validator(mode="after")
-    def _each_once(self):
-        for field in ("lengths", "seeds"):
-            values = getattr(self, field)
-            if len(set(values)) < len(values):
-                raise ConfigError(f"{field}: {values} names a value twice")
+    def _seeds_once(self):
+        if len(set(self.seeds)) < len(self.seeds):
+            raise ConfigError(f"seeds: {self.seeds} names a value twice")
         return self

@@ -22,43 +22,34 @@ def markdown(reports: Sequence[dict]) -> str:
     first = reports[0]
     config = first["config"]
     seeds = ", ".join(str(report["config"]["seed"]) for report in reports)
-    lengths = config["lengths"]
     lines = [
         "# Bits that a memory has room for",
         "",
-        f"{config['model']}, frozen; seeds {seeds}: mean (lowest to highest). Texts of {', '.join(map(str, lengths))} random tokens, "
-        f"each worth log2({first['alphabet']}) = {math.log2(first['alphabet']):.2f} bits; what a memory keeps for a text is trained "
-        f"for {config['steps']} steps to predict it. Bits: most of what was recalled of any length. Bytes: of what is kept, as "
+        f"{config['model']}, frozen; seeds {seeds}: mean (lowest to highest). Texts of random tokens, each worth "
+        f"log2({first['alphabet']}) = {math.log2(first['alphabet']):.2f} bits; what a memory keeps for a text is trained for "
+        f"{config['steps']} steps to predict it. Bits: most of what was recalled of any length. Bytes: of what is kept, as "
         "it is saved. Of N: tokens that are the most likely ones behind those before them in a text of N tokens. Other "
-        f"text: the same of another text with the same memory, of {lengths[-1]}. {config['note']}".rstrip(),
+        f"text: the same of another text with the same memory, of the longest. {config['note']}".rstrip(),
     ]
-    head = ["bytes", "bits", "bits a byte", *(f"of {length}" for length in lengths), "other text"]
     for name, ladder in config["kinds"].items():
-        rows = []
-        for size in ladder["sizes"]:
-            best = [best_of(report, name, size) for report in reports]
-            of_length = [
-                [
-                    c
-                    for r in reports
-                    for c in r["cells"]
-                    if (c["name"], c["size"], c["length"]) == (name, size, length)
-                ]
-                for length in lengths
-            ]
-            row = [
-                str(size),
-                f"{best[0]['bytes']:,}",
-                over_seeds(best, "bits", 0),
-                over_seeds(best, "bits_a_byte", 3),
-            ]
-            row += [over_seeds(cells, "recalled", 0) for cells in of_length]
-            rows.append([*row, over_seeds(of_length[-1], "other_text", 0)])
-        lines += ["", f"## {name}", "", *table([ladder["field"], *head], rows)]
+        lengths = [f"of {length}" for length in ladder["lengths"]]
+        head = [ladder["field"], "bytes", "bits", "bits a byte", *lengths, "other text"]
+        lines += ["", f"## {name}", "", *table(head, [row(reports, name, size) for size in ladder["sizes"]])]
     versions = ", ".join(f"{name} {value}" for name, value in first["versions"].items())
     seconds = sum(cell["cpu_s"] for report in reports for cell in report["cells"])
     device = f"{first['device']}, {first['threads']} thread; {seconds:.0f} s of the CPU; {versions}."
     return "\n".join([*lines, "", device, ""])
+
+
+def row(reports: Sequence[dict], name: str, size: int) -> list[str]:
+    """The cells of one kind at one size."""
+    best = [best_of(report, name, size) for report in reports]
+    shown = [over_seeds(best, "bits", 0), over_seeds(best, "bits_a_byte", 3)]
+    for length in reports[0]["config"]["kinds"][name]["lengths"]:
+        place = (name, size, length)
+        cells = [c for r in reports for c in r["cells"] if (c["name"], c["size"], c["length"]) == place]
+        shown.append(over_seeds(cells, "recalled", 0))
+    return [str(size), f"{best[0]['bytes']:,}", *shown, over_seeds(cells, "other_text", 0)]
 
 
 def picture(reports: Sequence[dict], path: str | Path) -> None:
@@ -71,7 +62,9 @@ def picture(reports: Sequence[dict], path: str | Path) -> None:
     figure = Figure(figsize=(11, 4.4), layout="constrained")
     FigureCanvasAgg(figure)
     by_bytes, by_tokens = figure.subplots(1, 2)
-    limit = max(config["lengths"]) * math.log2(reports[0]["alphabet"])
+    limit = max(n for ladder in config["kinds"].values() for n in ladder["lengths"]) * math.log2(
+        reports[0]["alphabet"]
+    )
     for number, (name, ladder) in enumerate(config["kinds"].items()):
         cells = [[best_of(report, name, size) for report in reports] for size in ladder["sizes"]]
         axes = [(by_bytes, [each[0]["bytes"] for each in cells])]

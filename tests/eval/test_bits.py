@@ -102,7 +102,8 @@ def test_reports_and_a_finished_seed_is_not_measured_again(tiny_llama, tokenizer
             "sizes": [1, 2],
         }
     }
-    config = BitsConfig(model=str(base), lengths=[4, 8], steps=2, kinds=kinds, seeds=[0, 1])
+    kinds["memory tokens"]["lengths"] = [4, 8]
+    config = BitsConfig(model=str(base), steps=2, kinds=kinds, seeds=[0, 1])
     first, second = evaluate(config, tmp_path / "out", progress=False)
     assert len(first["cells"]) == 4 and first["cells"] != second["cells"]
     for cell in first["cells"]:
@@ -120,7 +121,8 @@ def test_reports_and_a_finished_seed_is_not_measured_again(tiny_llama, tokenizer
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"sizes": [1, 1]}, "names a value twice"),
+        ({"sizes": [1, 1]}, "sizes.*names a value twice"),
+        ({"lengths": [8, 8]}, "lengths.*names a value twice"),
         ({"field": "n_token"}, "n_token"),
         ({"sizes": [0]}, "sizes"),
     ],
