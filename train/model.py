@@ -46,6 +46,11 @@ def build_model(config: TrainConfig) -> tuple[PreTrainedModel, PreTrainedTokeniz
             raise ConfigError(f"memories.{error}") from None
     for name, memory in task_tokens(model).items():
         try:
+            if name in config.memories:  # not where it came with the checkpoint, and has learned
+                memory.start_from_texts_(tokenizer)
+        except ConfigError as error:
+            raise ConfigError(f"memories.{name}.{error}") from None
+        try:
             memory.add_to_tokenizer(tokenizer)
         except ValueError as error:
             raise ConfigError(f"memories.{name}.names: {error}") from None

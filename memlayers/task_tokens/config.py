@@ -20,6 +20,8 @@ class TaskTokensConfig(MemoryConfig):
         train: procedures whose rows learn; the others stay bit for bit. None: all.
         renormalize: after each step of an optimizer, put the rows that learn back to the mean norm of the base's
             rows (`memlayers.train` does it; elsewhere see `TaskTokens.renormalize_`).
+        init_from: name -> text that says what it does, whose tokens' mean its row starts from (`memlayers.train` does
+            it where it attaches the memory; elsewhere see `TaskTokens.start_from_texts_`).
     """
 
     type: Literal["task_tokens"] = "task_tokens"
@@ -27,6 +29,7 @@ class TaskTokensConfig(MemoryConfig):
     tied: bool | None = None
     train: list[str] | None = None
     renormalize: bool = False
+    init_from: dict[str, str] = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _fits_together(self):
@@ -36,7 +39,8 @@ class TaskTokensConfig(MemoryConfig):
                 raise ConfigError(f"names: {name!r} is no name; give a procedure at least one letter")
             if count > 1:
                 raise ConfigError(f"names: {name!r} is there {count} times; every procedure has its own name")
-        for name in self.train or []:
-            if name not in present:
-                raise ConfigError(f"train: {name!r} is not among names, {list(present)}")
+        for field in ("train", "init_from"):
+            for name in getattr(self, field) or []:
+                if name not in present:
+                    raise ConfigError(f"{field}: {name!r} is not among names, {list(present)}")
         return self

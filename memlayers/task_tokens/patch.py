@@ -125,14 +125,23 @@ class TaskTokens(Memory):
         Raises:
             ValueError: the name is taken; `init_from` has no tokens, or comes without a tokenizer.
         """
-        ids = None
-        if init_from is not None:
-            if tokenizer is None:
-                raise ValueError("init_from is a text: give the base's tokenizer= too")
-            ids = [i for i in tokenizer.encode(init_from, add_special_tokens=False) if i < self.first_id]
-            if not ids:
-                raise ValueError(f"init_from: {init_from!r} has no token of the base")
-        return self._put(name, self._new_rows(ids))
+        if init_from is None:
+            return self._put(name, self._new_rows())
+        if tokenizer is None:
+            raise ValueError("init_from is a text: give the base's tokenizer= too")
+        return self._put(name, self._new_rows(self._base_tokens(init_from, tokenizer, "init_from")))
+
+    def start_from_texts_(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Put the rows named in `config.init_from` to where their texts say, whatever they have learned.
+
+        Raises:
+            ConfigError: a text without tokens of the base; no row has then changed.
+        """
+        texts = self.config.init_from
+        ids = {n: self._base_tokens(text, tokenizer, f"init_from.{n}") for n, text in texts.items()}
+        for name in texts:
+            for side, row in self._new_rows(ids[name]).items():
+                self.rows.sides()[side][str(self._place(name))].data.copy_(row)
 
     def remove(self, name: str) -> None:
         """Take a procedure out; the others keep their ids, and its place is free.
@@ -142,7 +151,11 @@ class TaskTokens(Memory):
         """
         place, names, train = self._place(name), list(self.config.names), self.config.train
         names[place] = None
-        self._set(names=names, train=None if train is None else [n for n in train if n != name])
+        self._set(
+            names=names,
+            train=None if train is None else [n for n in train if n != name],
+            init_from={n: text for n, text in self.config.init_from.items() if n != name},
+        )
         self.rows.drop(place)
 
     def export(self, name: str, path: str | Path) -> None:
@@ -235,6 +248,14 @@ class TaskTokens(Memory):
         self._set(names=names, train=None if train is None else [*train, name])
         self.rows.put(place, rows)
         return self.first_id + place
+
+    def _base_tokens(self, text: str, tokenizer: PreTrainedTokenizerBase, where: str) -> list[int]:
+        """Tokens of a text that have a row in the base."""
+        unknown = tokenizer.unk_token_id
+        ids = tokenizer.encode(text, add_special_tokens=False)
+        if not (ids := [i for i in ids if i < self.first_id and i != unknown]):
+            raise ConfigError(f"{where}: {text!r} has no token of the base")
+        return ids
 
     def _new_rows(self, ids: list[int] | None = None) -> dict[str, nn.Parameter]:
         return {side: self.base[side].new(ids) for side in self.rows.sides()}
