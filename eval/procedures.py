@@ -1,6 +1,6 @@
 """Procedures learned one batch after the other, by task tokens and by a LoRA: what is forgotten of the earlier ones.
 
-    for seed in 0 1 2; do python train/procedures_base.py --seed $seed --out runs/procedures_base/seed$seed; done
+    python train/procedures_base.py --out runs/procedures_base
     python -m memlayers.eval.procedures --config configs/eval/procedures.yaml --out runs/procedures
 
 The base does what a definition in the prompt says (`memlayers.tasks.procedures`). Arms, on the same queries:
@@ -48,18 +48,30 @@ from memlayers.yaml_config import load_yaml
 def evaluate(config: ProceduresEvalConfig, output_dir: str | Path, progress: bool = True) -> list[dict]:
     """Measure every seed that is not there yet and write the files; the reports.
 
-    Raises `FileNotFoundError` for a base that is not there, `ConfigError` for batches that its procedures do not fill,
+    Raises `FileNotFoundError` for a base that is not there, `ConfigError` for more procedures than the base has left,
     `ValueError` where training diverges or `output_dir` has a report of another config.
     """
     output_dir, reports = Path(output_dir), []
     for seed in config.seeds:
         folder = output_dir / f"seed{seed}"
-        if not (folder / "report.json").is_file():
+        report = _measured(folder / "report.json", config)
+        if report is None:
             report, samples = Trial(config, seed, progress).report()
             procedures_report.write(report, samples, folder)
-        reports.append(json.loads((folder / "report.json").read_text(encoding="utf-8")))
+        reports.append(report)
     procedures_report.write_summary(output_dir)
     return reports
+
+
+def _measured(path: Path, config: ProceduresEvalConfig) -> dict | None:
+    """The report at `path`, or None where there is none."""
+    if not path.is_file():
+        return None
+    report = json.loads(path.read_text(encoding="utf-8"))
+    theirs = {k: v for k, v in report["config"].items() if k not in ("seed", "seeds")}
+    if theirs != config.model_dump(mode="json", exclude={"seeds"}):
+        raise ValueError(f"{path}: measured with another config; give another folder with --out")
+    return report
 
 
 class Trial:
@@ -71,23 +83,23 @@ class Trial:
 
     def __init__(self, config: ProceduresEvalConfig, seed: int, progress: bool = False) -> None:
         self.config, self.seed, self.progress = config, seed, progress
-        self.base = Path(config.base.format(seed=seed))
+        self.base = Path(config.base)
         if not (self.base / "procedures.json").is_file():
             raise FileNotFoundError(
-                f"base: no base with procedures in {self.base}; make it: python train/procedures_base.py --seed {seed} "
+                f"base: no base with procedures in {self.base}; make it: python train/procedures_base.py "
                 f"--out {self.base}"
             )
         settings = ProceduresConfig(**json.loads((self.base / "procedures.json").read_text(encoding="utf-8")))
         self.task = ProceduresTask(settings, AutoTokenizer.from_pretrained(self.base))
-        size, rest = divmod(len(self.task.procedures), config.batches)
-        if rest or not size:
-            raise ConfigError(
-                f"batches: {len(self.task.procedures)} procedures do not make {config.batches} equal ones"
-            )
-        self.batches = [self.task.procedures[n * size : (n + 1) * size] for n in range(config.batches)]
+        size = config.batch_procedures
+        try:
+            self.procedures = self.task.new(size * config.batches, seed)
+        except ValueError as error:
+            raise ConfigError(f"batches: {error} by this base") from None
+        self.batches = [self.procedures[n * size : (n + 1) * size] for n in range(config.batches)]
         rng = random.Random(f"memlayers:queries:{seed}")
         self.queries = {
-            p.name: [self.task.draw(rng, "eval") for _ in range(config.queries)] for p in self.task.procedures
+            p.name: [self.task.draw(rng, "eval") for _ in range(config.queries)] for p in self.procedures
         }
         self.rows: list[dict] = []
         self.found: dict[str, dict] = {}
@@ -96,12 +108,12 @@ class Trial:
         """What report.json holds, and the rows of samples.jsonl."""
         started = time.perf_counter()
         model = load_plain(self.base)
-        self.ask("base", model, self.task.procedures)
-        self.ask("prompt", model, self.task.procedures, definition=True)
+        self.ask("base", model, self.procedures)
+        self.ask("prompt", model, self.procedures, definition=True)
         for arm in self.config.arms:
             self._measure(arm)
         report = {
-            "config": {**self.config.model_dump(), "seed": self.seed},
+            "config": {**self.config.model_dump(mode="json"), "seed": self.seed},
             "procedures": self.task.config.model_dump(),
             "base_parameters": model.num_parameters(),
             "arms": self.found,
@@ -145,7 +157,7 @@ class Trial:
 
     def _controls(self, arm: str, learner: TokenLearner) -> None:
         """The memory off; the right token given; the token of the next procedure given."""
-        procedures, memory = self.task.procedures, learner.memory
+        procedures, memory = self.procedures, learner.memory
         with ml.disabled(learner.model):
             self.ask(f"{arm}: memory off", learner.model, procedures)
         own = {p.name: memory.id_of(p.name) for p in procedures}

@@ -52,12 +52,12 @@ class ProceduresEvalConfig(Strict):
     """What is measured.
 
     Attributes:
-        base: folder of a base that `train/procedures_base.py` made; {seed} in it becomes the seed.
-        batches: how many, of equal size, the procedures of the base come in, one after the other.
+        base: folder of a base that `train/procedures_base.py` made.
+        batches, batch_procedures: batches of so many procedures come one after the other.
         arms: name -> how it learns them. All see the same uses in the same order.
         steps, batch_size: of the training on a batch of procedures; batch_size uses of them a step.
         queries: of each procedure, with symbols that no training has.
-        seeds: of procedures, training and initial values.
+        seeds: of procedures, uses and initial values.
         ask_at_once: queries of one call of `generate`.
         resamples: of the bootstrap.
         note: for the report, how the settings were chosen.
@@ -65,6 +65,7 @@ class ProceduresEvalConfig(Strict):
 
     base: str
     batches: int = Field(4, ge=1)
+    batch_procedures: int = Field(16, ge=1)
     arms: dict[str, AnyArm] = Field(min_length=1)
     steps: int = Field(200, ge=1)
     batch_size: int = Field(64, ge=1)
@@ -78,10 +79,6 @@ class ProceduresEvalConfig(Strict):
     def _fits_together(self):
         if len(set(self.seeds)) < len(self.seeds):
             raise ConfigError(f"seeds: {self.seeds} names a value twice")
-        if len(self.seeds) > 1 and "{seed}" not in self.base:
-            raise ConfigError(
-                "base: every seed has procedures and a base of its own; put {seed} into the folder"
-            )
         if taken := {"base", "prompt"} & self.arms.keys():
             raise ConfigError(f"arms.{taken.pop()}: this name belongs to an arm that learns nothing")
         return self

@@ -83,16 +83,16 @@ def write_summary(folder: Path) -> None:
 def markdown(reports: Sequence[dict], drop: dict) -> str:
     """Tables of one report, or of several; `drop` over all their queries."""
     first = reports[0]
-    config, procedures, arms = first["config"], first["procedures"], first["config"]["arms"]
+    config, arms = first["config"], first["config"]["arms"]
     seeds = ", ".join(str(report["config"]["seed"]) for report in reports)
     last = str(config["batches"])
-    n = procedures["n_procedures"] // config["batches"]
+    n = config["batch_procedures"]
     shown = "mean over seeds (lowest to highest seed)" if len(reports) > 1 else "one seed"
     lines = [
         "# Procedures learned one batch after the other",
         "",
-        f"{config['base']}, {first['base_parameters']:,} parameters; seeds {seeds}, each with a base, procedures and names "
-        f"of its own. {config['batches']} batches of {n} procedures, {config['steps']} steps of {config['batch_size']} uses "
+        f"{config['base']}, {first['base_parameters']:,} parameters; seeds {seeds}, each with names, "
+        f"procedures and uses of its own. {config['batches']} batches of {n} procedures, {config['steps']} steps of {config['batch_size']} uses "
         f"a batch for every arm; {config['queries']} queries of each procedure. Shares of answers that are right in every "
         f"symbol, {shown}; of greedy `generate`, the call of the procedure included. {config['note']}".rstrip(),
         "",

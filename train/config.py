@@ -9,7 +9,16 @@ from pydantic import Field, PlainSerializer, PlainValidator, model_validator
 from memlayers.config import ConfigError, Strict, validate
 from memlayers.kinds import AnyMemoryConfig
 
-from .data_config import AnyData, BackgroundSection, DatasetData, FactsData, JsonlData, TaskData, TextData
+from .data_config import (
+    AnyData,
+    BackgroundSection,
+    DatasetData,
+    FactsData,
+    JsonlData,
+    ProceduresData,
+    TaskData,
+    TextData,
+)
 from .optimizer_config import OptimizerSection, ScheduleSection, SparseFinetuningSection, ValuesSection
 
 __all__ = [
@@ -23,6 +32,7 @@ __all__ = [
     "LossSection",
     "ModelSection",
     "OptimizerSection",
+    "ProceduresData",
     "ScheduleSection",
     "SparseFinetuningSection",
     "TaskData",

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from memlayers.config import ConfigError, Strict
-from memlayers.tasks import FactsConfig, TaskConfig
+from memlayers.tasks import FactsConfig, ProceduresConfig, TaskConfig
 
 Regime = Literal["D", "W", "F"]
 
@@ -105,7 +105,34 @@ class FactsData(Strict):
         return self
 
 
-AnyData = Annotated[TaskData | TextData | JsonlData | DatasetData | FactsData, Field(discriminator="type")]
+class ProceduresData(Strict):
+    """Uses of new procedures (`memlayers.tasks.procedures`), each to be called by its task token: the name and symbols,
+    then the token and the answer. The memory of task tokens has the names.
+
+    Attributes:
+        procedures: the words, orders and maps of the base; equal to what is in its procedures.json.
+        n, seed: `ProceduresTask.new(n, seed)` are those to learn.
+        first: the first of them that this run learns, counted from 0.
+        uses: of each procedure, drawn once.
+    """
+
+    type: Literal["procedures"] = "procedures"
+    procedures: ProceduresConfig = ProceduresConfig()
+    n: int = Field(16, ge=1)
+    seed: int = Field(0, ge=0)
+    first: int = Field(0, ge=0)
+    uses: int = Field(200, ge=1)
+
+    @model_validator(mode="after")
+    def _some_are_left(self):
+        if self.first >= self.n:
+            raise ConfigError(f"first: {self.first} leaves none of {self.n} procedures")
+        return self
+
+
+AnyData = Annotated[
+    TaskData | TextData | JsonlData | DatasetData | FactsData | ProceduresData, Field(discriminator="type")
+]
 
 
 class BackgroundSection(Strict):

@@ -32,11 +32,10 @@ def make_model(task: ProceduresTask, width: int, layers: int) -> LlamaForCausalL
         LlamaConfig(
             vocab_size=len(task.tokenizer),
             hidden_size=width,
-            intermediate_size=4 * width,
+            intermediate_size=2 * width,
             num_hidden_layers=layers,
             num_attention_heads=4,
             max_position_embeddings=128,
-            rope_parameters={"rope_type": "default", "rope_theta": 100.0},  # places a few tokens apart
             initializer_range=0.05,
             tie_word_embeddings=True,
             bos_token_id=None,
@@ -70,7 +69,7 @@ def measure(model, task: ProceduresTask, n: int) -> dict[str, float]:
     rng = random.Random(f"memlayers:procedures:measured:{task.config.seed}")
     held_out, known = (
         [task.use(p, task.draw(rng, "eval"), definition) for p in rng.choices(of, k=n)]
-        for of, definition in ((task.procedures, True), (task.known, False))
+        for of, definition in ((task.new(64, task.config.seed), True), (task.known, False))
     )
     return {
         "held-out compositions, defined in the prompt": right(model, held_out),
@@ -84,10 +83,10 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--steps", type=int, default=1300)
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--lr", type=float, default=4e-3)
-    parser.add_argument("--width", type=int, default=96)
+    parser.add_argument("--width", type=int, default=64)
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--items", type=int, default=1000, help="uses to measure on, of each sort")
     args = parser.parse_args()
@@ -101,7 +100,8 @@ def main() -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.01, betas=(0.9, 0.98))
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, total_steps=args.steps, pct_start=0.1)
     for step in range(args.steps):
-        ids, learned = collate([task.pretraining(rng) for _ in range(args.batch)])
+        one_word = {"one_word": 1.0} if 3 * step < args.steps else {}  # first what one word means
+        ids, learned = collate([task.pretraining(rng, **one_word) for _ in range(args.batch)])
         logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
         loss = F.cross_entropy(logits[learned[:, 1:]], ids[:, 1:][learned[:, 1:]])
         optimizer.zero_grad()

@@ -12,9 +12,10 @@ from pathlib import Path
 import datasets
 
 from memlayers.config import ConfigError
-from memlayers.tasks import FactsTask, rng_for
+from memlayers.task_tokens.tokenizer import token_of
+from memlayers.tasks import FactsTask, ProceduresTask, rng_for
 
-from .config import DatasetData, FactsData, TaskData, TextData, TrainConfig
+from .config import DatasetData, FactsData, ProceduresData, TaskData, TextData, TrainConfig
 from .data import Batch, Example, ExampleSource, TaskSource, collate
 
 
@@ -40,6 +41,8 @@ def make_source(config: TrainConfig, tokenizer, window: int | None) -> Source:
         return source
     if isinstance(data, FactsData):
         return ExampleSource(_facts(data, tokenizer), "P", batch_size, seed, has_accuracy=True)
+    if isinstance(data, ProceduresData):
+        return ExampleSource(_procedures(data, tokenizer), "F", batch_size, seed, has_accuracy=True)
     if isinstance(data, DatasetData) and data.streaming:
         return StreamSource(data, tokenizer, batch_size, seed)
     if isinstance(data, DatasetData):
@@ -75,6 +78,27 @@ def _facts(data: FactsData, tokenizer) -> list[Example]:
     facts = facts + random.Random(f"memlayers:rehearse:{data.facts.seed}").sample(task.first, data.rehearse)
     asked = task.questions(facts, "trained")
     return [Example((), [*task.bos, *q.ids], q.answer_ids) for questions in asked for q in questions]
+
+
+def _procedures(data: ProceduresData, tokenizer) -> list[Example]:
+    """`uses` of every procedure, each called by its task token."""
+    try:
+        task = ProceduresTask(data.procedures, tokenizer)
+        procedures = task.new(data.n, data.seed)[data.first :]
+    except ValueError as error:
+        raise ConfigError(f"data.procedures: {error}") from None
+    vocabulary, examples = tokenizer.get_vocab(), []
+    if lacking := [p.name for p in procedures if token_of(p.name) not in vocabulary]:
+        raise ConfigError(
+            f"data: there is no task token for {lacking[0]!r} (nor for {len(lacking) - 1} others); put the names into "
+            "names of the memory of type task_tokens"
+        )
+    for at, procedure in enumerate(procedures, start=data.first):
+        rng = random.Random(f"memlayers:uses:{data.seed}:{at}")
+        for _ in range(data.uses):
+            use = task.use(procedure, task.draw(rng, "train"))
+            examples.append(Example((), use.prompt, [vocabulary[token_of(procedure.name)], *use.answer]))
+    return examples
 
 
 class PackedSequences(Sequence):

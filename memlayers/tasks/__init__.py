@@ -5,8 +5,9 @@
 
 `length` counts context, question and answer, as in RULER. Training and evaluation share nothing: other random
 streams (`rng_for`), other keys (`kinds.split_of`), and other parts of a prose file (`filler.ProseFiller`). The
-exceptions are the facts (`facts.FactsTask`), which have no context: what was taught is what is asked; and
-associative recall (`mqar.MqarTask`) and fact updates (`updates.UpdatesTask`), whose keys have another value in every row.
+exceptions are the facts (`facts.FactsTask`) and procedures (`procedures.ProceduresTask`), which have no context: what
+was taught is what is asked, procedures with other symbols; and associative recall (`mqar.MqarTask`) and fact updates
+(`updates.UpdatesTask`), whose keys have another value in every row.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from memlayers.tasks.kinds import Split
 from memlayers.tasks.mqar import MqarConfig, MqarTask
 from memlayers.tasks.needle import NeedleConfig, NeedleTask
 from memlayers.tasks.passkey import PasskeyConfig, PasskeyTask
+from memlayers.tasks.procedures import ProceduresConfig, ProceduresTask
 from memlayers.tasks.updates import UpdatesConfig, UpdatesTask
 
 TASKS = {"passkey": PasskeyTask, "needle": NeedleTask, "mqar": MqarTask, "updates": UpdatesTask}
@@ -54,6 +56,8 @@ __all__ = [
     "NeedleTask",
     "PasskeyConfig",
     "PasskeyTask",
+    "ProceduresConfig",
+    "ProceduresTask",
     "Question",
     "Sample",
     "Split",

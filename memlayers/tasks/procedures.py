@@ -1,15 +1,15 @@
 """Procedures: a reordering and a replacement of symbols, each asked for by a name of two made-up words.
 
-    definition   sorvin kelda is turn-2031 map-b ;         what the name stands for
-    use          sorvin kelda : 3 1 4 1 = turn-2031 map-b : 0 5 2 5 ;
+    definition   aror oten is turn-cabd map-5 ;                  what the name stands for
+    use          aror oten : 3 1 4 1 = turn-cabd map-5 : 0 5 2 5 ;
 
 A use says first which words the name stands for and then what they make of the symbols: symbol i of the answer is
 `map[symbols[order[i]]]`. Some procedures have one word, an order or a map. Who learns a procedure puts a token of its own
 in the place of the words.
 
-A base is taught (`pretraining`) orders and maps, to do what a definition says, and `n_known` names by heart. The
-`n_procedures` to learn later are compositions and names that no text of pretraining has; the same config gives the same
-ones to training and evaluation, which draw from other symbols (`kinds.split_of`).
+A base is taught (`pretraining`) orders and maps, to do what a definition says, and `n_known` names by heart. Procedures
+to learn later (`ProceduresTask.new`) have compositions and names that no text of pretraining has. Training and evaluation
+of them draw from other symbols (`kinds.split_of`).
 """
 
 from __future__ import annotations
@@ -29,37 +29,43 @@ from memlayers.tasks.fact_words import SYLLABLES
 from memlayers.tasks.kinds import Split, split_of
 
 MARKS = (":", "=", "is", ";")
-ONE_WORD = 1 / 2
-"""Share of the procedures in pretraining that have one word: half of them an order, half a map."""
+PLACES = "abcde"
+KNOWN, ONE_WORD = 0.25, 0.4
+"""Shares of known procedures and, among the others, of those of one word in pretraining."""
 
 
 class ProceduresConfig(Strict):
-    """Which procedures there are. Equal configs give equal procedures.
+    """Which procedures there are. Equal configs give equal words, orders and maps.
 
-    n_procedures: to be learned later. n_known: names that the base learns by heart. length: symbols of an input.
-    n_symbols: different ones. n_maps: replacements; there are `length`! orders. n_name_words: first words of names,
-    and as many second ones. seed: of all of it.
+    n_compositions, n_names: kept for procedures that are to be learned later. n_known: names that the base learns by
+    heart; others have a new meaning in every definition. length: symbols of an input.
+    n_symbols: different ones. n_orders, n_maps: reorderings and replacements; none leaves all as it is. n_name_words:
+    first words of names, and as many second ones. seed: of all of it.
     """
 
     type: Literal["procedures"] = "procedures"
-    n_procedures: int = Field(64, ge=1)
+    n_compositions: int = Field(72, ge=1)
+    n_names: int = Field(192, ge=1)
     n_known: int = Field(256, ge=1)
     length: int = Field(4, ge=2, le=5)
-    n_symbols: int = Field(8, ge=2, le=10)
-    n_maps: int = Field(16, ge=1)
+    n_symbols: int = Field(6, ge=2, le=10)
+    n_orders: int = Field(12, ge=1)
+    n_maps: int = Field(12, ge=1)
     n_name_words: int = Field(24, ge=2)
     seed: int = Field(0, ge=0)
 
     @model_validator(mode="after")
     def _enough(self):
-        compositions = math.factorial(self.length) * self.n_maps
-        if 2 * self.n_procedures > compositions:
+        compositions = self.n_orders * self.n_maps
+        if 2 * self.n_compositions > compositions:
             raise ConfigError(
-                f"n_procedures: half of the {compositions:,} compositions at most, the base learns from the others"
+                f"n_compositions: at most half of all {compositions:,}, the base learns from the others"
             )
+        if self.n_orders > math.factorial(self.length) - 1:
+            raise ConfigError(f"n_orders: {self.length} symbols have fewer orders")
         if self.n_maps > math.factorial(self.n_symbols) - 1:
             raise ConfigError(f"n_maps: {self.n_symbols} symbols have fewer replacements")
-        if self.n_procedures + self.n_known >= self.n_name_words**2:
+        if self.n_names + self.n_known >= self.n_name_words**2:
             raise ConfigError(f"n_name_words: {self.n_name_words} make too few names of two words")
         if 2 * self.n_name_words > len(SYLLABLES) ** 2:
             raise ConfigError(f"n_name_words: at most {len(SYLLABLES) ** 2 // 2} words can be made up")
@@ -86,8 +92,8 @@ class Use:
 class ProceduresTask:
     """The procedures of a config, and texts about them in ids of a tokenizer.
 
-    Attributes: `orders`: word -> places; `maps`: word -> symbols; `procedures`: to be learned; `known`: whose names the
-    base learns by heart.
+    Attributes: `orders`: word -> places; `maps`: word -> symbols; `held_out`: compositions of no pretraining; `known`:
+    procedures whose names the base learns by heart.
     Raises `ValueError` at construction when the tokenizer lacks a word.
     """
 
@@ -96,7 +102,8 @@ class ProceduresTask:
         rng = random.Random(f"memlayers:procedures:{config.seed}")
         places, symbols = range(config.length), range(config.n_symbols)
         self.symbols = [str(symbol) for symbol in symbols]
-        self.orders = {"turn-" + "".join(map(str, p)): p for p in itertools.permutations(places)}
+        orders = rng.sample(list(itertools.permutations(places))[1:], config.n_orders)
+        self.orders = {"turn-" + "".join(PLACES[place] for place in order): order for order in orders}
         self.maps = {f"map-{n}": m for n, m in enumerate(_different(rng, symbols, config.n_maps))}
         made_up = rng.sample(
             ["".join(pair) for pair in itertools.product(SYLLABLES, repeat=2)], 2 * config.n_name_words
@@ -107,11 +114,10 @@ class ProceduresTask:
         self._compositions = list(itertools.product(self.orders, self.maps))
         rng.shuffle(self._names)
         rng.shuffle(self._compositions)
-        n = config.n_procedures
-        self.procedures = [Procedure(*each) for each in zip(self._names[:n], self._compositions[:n])]
-        del self._names[:n], self._compositions[:n]
-        self.known = [Procedure(name, self._some_words(rng)) for name in self._names[: config.n_known]]
-        del self._names[: config.n_known]
+        self.held_out = self._compositions[: config.n_compositions]
+        del self._compositions[: config.n_compositions]
+        self._new_names = [self._names.pop() for _ in range(config.n_names)]
+        self.known = [Procedure(self._names.pop(), self._some_words(rng)) for _ in range(config.n_known)]
         self.tokenizer = word_tokenizer(self.words) if tokenizer is None else tokenizer
         vocabulary = self.tokenizer.get_vocab()
         if lacking := [word for word in self.words if word not in vocabulary]:
@@ -125,6 +131,21 @@ class ProceduresTask:
     def words(self) -> list[str]:
         """Every word of every text."""
         return [*MARKS, *self.symbols, *self.orders, *self.maps, *self.name_words]
+
+    def new(self, n: int, seed: int) -> list[Procedure]:
+        """`n` procedures to learn: held-out compositions, held-out names, put together by `seed`. The first ones are the
+        same whatever `n` is.
+
+        Raises `ValueError` for more than there are.
+        """
+        if n > min(len(self.held_out), len(self._new_names)):
+            raise ValueError(
+                f"{n} procedures are asked for, {len(self.held_out)} compositions and {len(self._new_names)} names are "
+                "held out"
+            )
+        rng = random.Random(f"memlayers:new_procedures:{seed}")
+        names, words = (rng.sample(of, len(of)) for of in (self._new_names, self.held_out))
+        return [Procedure(*each) for each in zip(names[:n], words)]
 
     def ids(self, text: str) -> list[int]:
         """Token ids of words with spaces between them."""
@@ -163,16 +184,21 @@ class ProceduresTask:
         answer = said[said.index(start) + 1 :] if start in said else []
         return answer[: answer.index(stop)] if stop in answer else answer
 
-    def pretraining(self, rng: random.Random) -> Use:
-        """A use of a known procedure, or one with its definition; no name or composition of `procedures`."""
-        symbols = self.draw(rng, "train")
-        if rng.random() < 0.5:
-            return self.use(rng.choice(self.known), symbols)
-        return self.use(Procedure(rng.choice(self._names), self._some_words(rng)), symbols, definition=True)
+    def pretraining(self, rng: random.Random, one_word: float = ONE_WORD) -> Use:
+        """A use of a known procedure, or one with its definition; no held-out name or composition.
 
-    def _some_words(self, rng: random.Random) -> tuple[str, ...]:
+        one_word: share of one word among those with a definition; a base that begins with 1 learns several times faster.
+        """
+        symbols = self.draw(rng, "train")
+        if rng.random() < KNOWN:
+            return self.use(rng.choice(self.known), symbols)
+        return self.use(
+            Procedure(rng.choice(self._names), self._some_words(rng, one_word)), symbols, definition=True
+        )
+
+    def _some_words(self, rng: random.Random, one_word: float = ONE_WORD) -> tuple[str, ...]:
         words = rng.choice(self._compositions)
-        return (rng.choice(words),) if rng.random() < ONE_WORD else words
+        return (rng.choice(words),) if rng.random() < one_word else words
 
 
 def _different(rng: random.Random, symbols: range, n: int) -> list[tuple[int, ...]]:
