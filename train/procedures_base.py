@@ -27,13 +27,13 @@ from memlayers.tasks.procedures import ProceduresConfig, ProceduresTask, Use
 CONFIG = "procedures.json"
 
 
-def make_model(task: ProceduresTask, width: int, layers: int) -> LlamaForCausalLM:
+def make_model(task: ProceduresTask, args: argparse.Namespace) -> LlamaForCausalLM:
     return LlamaForCausalLM(
         LlamaConfig(
             vocab_size=len(task.tokenizer),
-            hidden_size=width,
-            intermediate_size=2 * width,
-            num_hidden_layers=layers,
+            hidden_size=args.width,
+            intermediate_size=2 * args.width,
+            num_hidden_layers=args.layers,
             num_attention_heads=4,
             max_position_embeddings=128,
             initializer_range=0.05,
@@ -88,19 +88,19 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=4e-3)
     parser.add_argument("--width", type=int, default=64)
     parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--start", type=Path, help="a base that this made, to go on from")
     parser.add_argument("--items", type=int, default=1000, help="uses to measure on, of each sort")
     args = parser.parse_args()
     started = time.process_time()
     torch.manual_seed(args.seed)
     task = ProceduresTask(ProceduresConfig(seed=args.seed))
-    model, rng = (
-        make_model(task, args.width, args.layers),
-        random.Random(f"memlayers:pretraining:{args.seed}"),
-    )
+    model = LlamaForCausalLM.from_pretrained(args.start) if args.start else make_model(task, args)
+    rng = random.Random(f"memlayers:pretraining:{args.seed}{':on' if args.start else ''}")
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.01, betas=(0.9, 0.98))
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, total_steps=args.steps, pct_start=0.1)
     for step in range(args.steps):
-        one_word = {"one_word": 1.0} if 3 * step < args.steps else {}  # first what one word means
+        early = 3 * step < args.steps and not args.start
+        one_word = {"one_word": 1.0} if early else {}  # first what one word means
         ids, learned = collate([task.pretraining(rng, **one_word) for _ in range(args.batch)])
         logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
         loss = F.cross_entropy(logits[learned[:, 1:]], ids[:, 1:][learned[:, 1:]])

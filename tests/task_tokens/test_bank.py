@@ -155,6 +155,29 @@ def test_a_text_to_start_from_needs_tokens(tokenizer):
     assert "count" not in memory.names
 
 
+def test_a_config_says_what_rows_start_from(tokenizer):
+    texts = {"copy": "the pass key", "sort": "A boat"}
+    memory = bank(model=TIED.build(), init_from=texts)[1]
+    before = rows_of(memory)
+    memory.start_from_texts_(tokenizer)
+    for place, text in ((1, texts["copy"]), (0, texts["sort"])):
+        ids = tokenizer.encode(text, add_special_tokens=False)
+        mean = memory.base["input"].module.weight[ids].detach().mean(0)
+        row = memory.rows.input[str(place)].detach()
+        torch.testing.assert_close(row, memory.base["input"].as_long(mean))
+        assert memory.rows.input[str(place)].requires_grad
+    assert torch.equal(memory.rows.input["2"], before["rows.input.2"])
+    memory.remove("copy")
+    assert memory.config.init_from == {"sort": "A boat"}
+    wrong = bank(model=TIED.build(), init_from={"sort": "A boat", "copy": ""})[1]
+    before = rows_of(wrong)
+    with pytest.raises(ml.ConfigError, match=says("init_from.copy: '' has no token of the base")):
+        wrong.start_from_texts_(tokenizer)
+    assert all(torch.equal(row, before[name]) for name, row in rows_of(wrong).items())
+    with pytest.raises(ml.ConfigError, match="init_from: 'b' is not among names"):
+        ml.TaskTokensConfig(names=["a"], init_from={"b": "x"})
+
+
 def test_an_empty_bank_is_the_base(tmp_path):
     model, ids = TIED.build().eval(), tokens(2, TEXT)
     with torch.no_grad():
