@@ -198,7 +198,7 @@ class Trial:
                     "batch": batch_of[procedure.name],
                     "procedure": procedure.name,
                     "query": " ".join(symbols),
-                    "said": self.task.tokenizer.decode(ids),
+                    "said": self._text(ids),
                     "correct": self.task.answer_in(ids) == use.answer[1:-1],
                     "routed": ids[0] == first,
                 }
@@ -211,6 +211,11 @@ class Trial:
         model.eval()
         options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": n_new, "do_sample": False}
         return model.generate(ids, **options)[:, ids.shape[1] :].tolist()
+
+    def _text(self, ids: Sequence[int]) -> str:
+        """Words, and ids of task tokens as numbers."""
+        known = len(self.task.tokenizer)
+        return " ".join(self.task.tokenizer.decode([i]) if i < known else f"<{i}>" for i in ids)
 
     def _bar(self, items, name: str):
         return tqdm(items, desc=f"seed {self.seed}: {name}", disable=not self.progress, leave=False)
