@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -41,7 +43,9 @@ class TaskRows(nn.Module):
         """Set the row of each side at `place`; places up to it that have none are free."""
         for side, present in self.sides().items():
             present = {**present, str(place): rows[side]}
-            setattr(self, side, nn.ParameterDict({key: present[key] for key in sorted(present, key=int)}))
+            # A plain dict would be sorted as strings: "10" before "2".
+            in_order = OrderedDict((key, present[key]) for key in sorted(present, key=int))
+            setattr(self, side, nn.ParameterDict(in_order))
         self.n_places = max(self.n_places, place + 1)
 
     def drop(self, place: int) -> dict[str, nn.Parameter]:

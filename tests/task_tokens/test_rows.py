@@ -1,5 +1,7 @@
 """Task tokens in a model: rows are read and predict as the base's own do, free places never, sizes as the base's."""
 
+import copy
+
 import pytest
 import torch
 from matrix import ARCHITECTURES, TEXT, VOCAB, near, tokens
@@ -86,6 +88,38 @@ def test_rows_alone_against_brute_force():
     for place in (0, 3):
         rows.drop(place)
     assert rows.logits(hidden).eq(-torch.inf).all() and not rows.read(places, like=hidden).any()
+
+
+@torch.no_grad()
+def test_more_than_ten_rows_stand_at_their_places():
+    """As strings "10" comes before "2"."""
+    rows, hidden = TaskRows(tied=True), torch.eye(2)
+    for place in range(12):
+        rows.put(place, {"input": torch.nn.Parameter(torch.full((2,), float(place)))})
+    assert rows.read(torch.arange(12), like=hidden)[:, 0].tolist() == list(range(12))
+    assert rows.logits(hidden)[0].tolist() == list(range(12))
+    rows.drop(3)
+    assert rows.logits(hidden)[0].tolist() == [0, 1, 2, -torch.inf, *range(4, 12)]
+    assert list(copy.deepcopy(rows).input) == list(rows.input) == [str(n) for n in range(12) if n != 3]
+
+
+@torch.no_grad()
+def test_the_eleventh_procedure_changes_no_logit_of_the_first_ten():
+    model, memory = with_tokens(names=[f"p{n}" for n in range(10)])
+    ids = tokens(2, TEXT)
+    ids[:, 3] = memory.id_of("p2")
+    before = model(ids).logits
+    memory.add("p10")
+    after = model(ids).logits
+    assert torch.equal(after[..., : VOCAB + 10], before)
+    near(after[..., memory.id_of("p10")], logits_of(model, ids, memory.rows.input["10"]))
+    memory.learn(["p10"])
+    assert [p for p, row in memory.rows.input.items() if row.requires_grad] == ["10"]
+
+
+def logits_of(model, ids, row):
+    """Hidden states of the decoder times one row."""
+    return model.model(ids).last_hidden_state @ row
 
 
 @torch.no_grad()
