@@ -47,35 +47,33 @@ def of_teacher(
     with disabled(model, *stateful(model)), still(model):
         cache = DynamicCache(config=decoder_of(model).config.get_text_config(decoder=True))
         seen = used.long()
-        output = model(
-            input_ids=ids,
-            attention_mask=seen,
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
+        said = _read(model, ids, seen, positions, cache).repeat_interleave(config.continuations, 0)
         cache.batch_repeat_interleave(config.continuations)
-        said = output.logits[:, -1].float().repeat_interleave(config.continuations, 0)
         seen, place = (x.repeat_interleave(config.continuations, 0) for x in (seen, positions[:, -1:]))
         drawn, teacher = [], []
         for number in numbers.to(device):
             token = _draw(said, number.expand(rows, -1).reshape(-1, 1))
             seen, place = torch.cat([seen, torch.ones_like(token)], 1), place + 1
-            output = model(
-                input_ids=token,
-                attention_mask=seen,
-                position_ids=place,
-                past_key_values=cache,
-                use_cache=True,
-            )
-            said = output.logits[:, -1].float()
+            said = _read(model, token, seen, place, cache)
             drawn.append(token)
             teacher.append(said.log_softmax(-1))
     ids = torch.cat(drawn, 1).view(rows, config.continuations, config.length)
     real = torch.isin(ids, ends).cumsum(-1) == 0
     teacher = torch.stack(teacher, 1).view(*ids.shape, -1)
     return Segments(ids, real, real), teacher
+
+
+def _read(model, ids: torch.Tensor, seen: torch.Tensor, positions: torch.Tensor, cache) -> torch.Tensor:
+    """The logits (rows, vocabulary) float32 behind the last of `ids`, which join the cache."""
+    output = model(
+        input_ids=ids,
+        attention_mask=seen,
+        position_ids=positions,
+        past_key_values=cache,
+        use_cache=True,
+        logits_to_keep=1,
+    )
+    return output.logits[:, -1].float()
 
 
 def _draw(logits: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
