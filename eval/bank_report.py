@@ -11,7 +11,7 @@ from statistics import mean
 
 from memlayers.eval.bank_items import PROMPTS
 from memlayers.eval.statistics import paired_bootstrap, wilson
-from memlayers.eval.summary import over_seeds, reports_of_seeds, table
+from memlayers.eval.summary import over_seeds, reports_of_seeds, seeds_of, table, versions_of
 from memlayers.files import write_text, write_whole
 
 PARTS = {"all": ("kept", "deleted"), "kept": ("kept",), "deleted": ("deleted",), "stranger": ("stranger",)}
@@ -96,13 +96,12 @@ def markdown(reports: Sequence[dict], gain: dict) -> str:
     """Tables of one report, or of several; `gain` over all their questions."""
     first = reports[0]
     config, documents = first["config"], first["documents"]
-    seeds = ", ".join(str(report["config"]["seed"]) for report in reports)
     tokens = mean(report["documents"]["tokens"] for report in reports)
     per_seed = "mean over seeds (lowest to highest seed)," if len(reports) > 1 else "share right,"
     lines = [
         "# A bank of LoRA shards beside one LoRA",
         "",
-        f"{config['model']}; seeds {seeds}; {documents['n']} documents a seed, each a shard, of {tokens:,.0f} "
+        f"{config['model']}; seeds {seeds_of(reports)}; {documents['n']} documents a seed, each a shard, of {tokens:,.0f} "
         f"tokens together; {config['facts_per_document']} facts a document. Shards: rank {config['memory']['r']}, "
         f"{first['parameters']['shard']:,} parameters, {config['bank']['steps']} steps at rate "
         f"{config['bank']['learning_rate']:g}; the one LoRA: {first['parameters']['one']:,} parameters (all shards: "
@@ -138,8 +137,7 @@ def markdown(reports: Sequence[dict], gain: dict) -> str:
     lines += table(
         ["", "each"], [[name, over_seeds(_seconds(reports, name), "mean", 2)] for name in first["seconds"]]
     )
-    versions = ", ".join(f"{name} {value}" for name, value in first["versions"].items())
-    lines += ["", f"{first['device']}, {first['threads']} thread; {versions}.", ""]
+    lines += ["", f"{first['device']}, {first['threads']} thread; {versions_of(first)}.", ""]
     return "\n".join(lines)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean
 
-from memlayers.eval.summary import over_seeds, table
+from memlayers.eval.summary import over_seeds, seeds_of, table, versions_of
 
 
 def best_of(report: dict, name: str, size: int) -> dict:
@@ -21,11 +21,10 @@ def markdown(reports: Sequence[dict]) -> str:
     """A table a kind, over its sizes."""
     first = reports[0]
     config = first["config"]
-    seeds = ", ".join(str(report["config"]["seed"]) for report in reports)
     lines = [
         "# Bits that a memory has room for",
         "",
-        f"{config['model']}, frozen; seeds {seeds}: mean (lowest to highest). Texts of random tokens, each worth "
+        f"{config['model']}, frozen; seeds {seeds_of(reports)}: mean (lowest to highest). Texts of random tokens, each worth "
         f"log2({first['alphabet']}) = {math.log2(first['alphabet']):.2f} bits; what a memory keeps for a text is trained for "
         f"{config['steps']} steps to predict it. Bits: most of what was recalled of any length. Bytes: of what is kept, as "
         "it is saved. Of N: tokens that are the most likely ones behind those before them in a text of N tokens. Other "
@@ -35,9 +34,10 @@ def markdown(reports: Sequence[dict]) -> str:
         lengths = [f"of {length}" for length in ladder["lengths"]]
         head = [ladder["field"], "bytes", "bits", "bits a byte", *lengths, "other text"]
         lines += ["", f"## {name}", "", *table(head, [row(reports, name, size) for size in ladder["sizes"]])]
-    versions = ", ".join(f"{name} {value}" for name, value in first["versions"].items())
     seconds = sum(cell["cpu_s"] for report in reports for cell in report["cells"])
-    device = f"{first['device']}, {first['threads']} thread; {seconds:.0f} s of the CPU; {versions}."
+    device = (
+        f"{first['device']}, {first['threads']} thread; {seconds:.0f} s of the CPU; {versions_of(first)}."
+    )
     return "\n".join([*lines, "", device, ""])
 
 

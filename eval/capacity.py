@@ -30,7 +30,7 @@ import memlayers as ml
 from memlayers.config import ConfigError, Strict
 from memlayers.eval.models import load_plain
 from memlayers.eval.speed.timing import where
-from memlayers.eval.summary import over_seeds, reports_of_seeds, table
+from memlayers.eval.summary import over_seeds, reports_of_seeds, seeds_of, table, versions_of
 from memlayers.files import write_text, write_whole
 from memlayers.tasks.fact_words import RELATIONS
 from memlayers.writing import of_text
@@ -190,11 +190,10 @@ def markdown(reports: Sequence[dict]) -> str:
     first = reports[0]
     config, writer = first["config"], first["config"]["memory"]["writer"]
     modules, layers = (config["memory"][name] or ["all"] for name in ("target_modules", "layers"))
-    seeds = ", ".join(str(report["config"]["seed"]) for report in reports)
     lines = [
         "# Tokens that a LoRA adapter remembers, over its rank",
         "",
-        f"{config['model']}; seeds {seeds}: mean (lowest to highest). Random tokens from {first['alphabet']}, written by "
+        f"{config['model']}; seeds {seeds_of(reports)}: mean (lowest to highest). Random tokens from {first['alphabet']}, written by "
         f"{writer['steps']} steps of {writer['optimizer']} at rate {writer['learning_rate']:g} over all of the text, in "
         f"segments of {writer['segment_length']} tokens; modules: {', '.join(modules)}; layers: {', '.join(map(str, layers))}. Remembered: "
         "tokens that are the most likely ones behind those before them in their segment, less what the base alone gets "
@@ -228,11 +227,10 @@ def markdown(reports: Sequence[dict]) -> str:
             "other text",
         ]
         lines += table(head, rows)
-    versions = ", ".join(f"{name} {value}" for name, value in first["versions"].items())
     seconds = sum(cell["cpu_s"] for report in reports for cell in report["cells"])
     lines += [
         "",
-        f"{first['device']}, {first['threads']} thread; {seconds:.0f} s of the CPU for writing; {versions}.",
+        f"{first['device']}, {first['threads']} thread; {seconds:.0f} s of the CPU for writing; {versions_of(first)}.",
         "",
     ]
     return "\n".join(lines)

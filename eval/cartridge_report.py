@@ -10,7 +10,7 @@ import numpy as np
 from scipy import stats
 
 from memlayers.eval.statistics import paired_bootstrap
-from memlayers.eval.summary import reports_of_seeds, table
+from memlayers.eval.summary import reports_of_seeds, seeds_of, table, versions_of
 from memlayers.files import write_text, write_whole
 
 BAR = 1.05
@@ -82,11 +82,10 @@ def markdown(reports: Sequence[dict], rows: Sequence[dict]) -> str:
     """A table a source: arms and sizes down."""
     first = reports[0]
     config, length = first["config"], first["config"]["text_length"]
-    seeds = ", ".join(str(report["config"]["seed"]) for report in reports)
     lines = [
         "# Perplexity of a continuation, with a cartridge in place of the text",
         "",
-        f"{config['model']}; texts of {length} tokens, continuations of {config['continuation_length']}; seeds {seeds} "
+        f"{config['model']}; texts of {length} tokens, continuations of {config['continuation_length']}; seeds {seeds_of(reports)} "
         "(of the texts and of the continuations that the teacher draws), all their texts together. Beside reading: "
         "perplexity over that of reading the whole text [95 % bootstrap over texts] (lowest to highest seed). Kept: share of "
         "what the text helps, in log perplexity. Bytes: of the state, a text. "
@@ -110,12 +109,11 @@ def markdown(reports: Sequence[dict], rows: Sequence[dict]) -> str:
                 for row in here
             ],
         )
-    versions = ", ".join(f"{name} {value}" for name, value in first["versions"].items())
     seconds = {name: sum(report["cpu_s"][name] for report in reports) for name in first["cpu_s"]}
     spent = ", ".join(f"{name} {value:.0f} s" for name, value in seconds.items())
     lines += [
         "",
-        f"{first['device']}, {first['threads']} thread; of the CPU, for writing: {spent}; {versions}.",
+        f"{first['device']}, {first['threads']} thread; of the CPU, for writing: {spent}; {versions_of(first)}.",
         "",
     ]
     return "\n".join(lines)

@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import mean
 
 from memlayers.eval.statistics import paired_bootstrap, wilson
-from memlayers.eval.summary import over_seeds, reports_of_seeds, table
+from memlayers.eval.summary import over_seeds, reports_of_seeds, seeds_of, table, versions_of
 from memlayers.files import write_text, write_whole
 
 FIELDS = {"correct": "accuracy", "routed": "routing"}
@@ -84,14 +84,13 @@ def markdown(reports: Sequence[dict], drop: dict) -> str:
     """Tables of one report, or of several; `drop` over all their queries."""
     first = reports[0]
     config, arms = first["config"], first["config"]["arms"]
-    seeds = ", ".join(str(report["config"]["seed"]) for report in reports)
     last = str(config["batches"])
     n = config["batch_procedures"]
     shown = "mean over seeds (lowest to highest seed)" if len(reports) > 1 else "one seed"
     lines = [
         "# Procedures learned one batch after the other",
         "",
-        f"{config['base']}, {first['base_parameters']:,} parameters; seeds {seeds}, each with names, "
+        f"{config['base']}, {first['base_parameters']:,} parameters; seeds {seeds_of(reports)}, each with names, "
         f"procedures and uses of its own. {config['batches']} batches of {n} procedures, {config['steps']} steps of {config['batch_size']} uses "
         f"a batch for every arm; {config['queries']} queries of each procedure. Shares of answers that are right in every "
         f"symbol, {shown}; of greedy `generate`, the call of the procedure included. {config['note']}".rstrip(),
@@ -162,8 +161,7 @@ def markdown(reports: Sequence[dict], drop: dict) -> str:
                 f"After each batch the base and the rows of earlier batches are {'' if identical else 'NOT '}bit for bit "
                 f"those of before. At the end: {cells}.",
             ]
-    versions = ", ".join(f"{name} {value}" for name, value in first["versions"].items())
-    lines += ["", f"{first['device']}, {first['threads']} thread; {versions}.", ""]
+    lines += ["", f"{first['device']}, {first['threads']} thread; {versions_of(first)}.", ""]
     return "\n".join(lines)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from statistics import mean
 
 import memlayers as ml
-from memlayers.eval.summary import over_seeds, table
+from memlayers.eval.summary import over_seeds, seeds_of, table, versions_of
 
 CONTROLS = ("untrained", "shuffled", "most_frequent")
 GIVEN = ("text", "memory", "shuffled_memory", "untrained_memory", "nothing")
@@ -18,11 +18,10 @@ def markdown(reports: Sequence[dict]) -> str:
     """Tables: what comes back, the controls beside it, and perplexities."""
     first = reports[0]
     config = first["config"]
-    seeds = ", ".join(str(report["config"]["seed"]) for report in reports)
     lines = [
         "# What a reversible memory gives back",
         "",
-        f"{config['model']}, frozen; {config['file']}; seeds {seeds}: mean (lowest to highest). Ratio: tokens of text a "
+        f"{config['model']}, frozen; {config['file']}; seeds {seeds_of(reports)}: mean (lowest to highest). Ratio: tokens of text a "
         "memory token. Shares of unseen tokens, and of unseen segments as a whole, that come back exactly; 95 % intervals "
         f"of each seed are in its report.json. {config['note']}".rstrip(),
     ]
@@ -41,8 +40,7 @@ def markdown(reports: Sequence[dict]) -> str:
         ]
         values = [over_seeds([c["perplexity"][given] for c in cells], "perplexity", 2) for given in GIVEN]
         lines += table([given.replace("_", " ") for given in GIVEN], [values])
-    versions = ", ".join(f"{name} {value}" for name, value in first["versions"].items())
-    return "\n".join([*lines, "", f"{first['device']}, {first['threads']} thread; {versions}.", ""])
+    return "\n".join([*lines, "", f"{first['device']}, {first['threads']} thread; {versions_of(first)}.", ""])
 
 
 def arms_table(reports: Sequence[dict]) -> list[str]:

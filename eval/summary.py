@@ -84,6 +84,16 @@ def reports_of_seeds(folder: Path) -> list[dict]:
     return reports
 
 
+def seeds_of(reports: Iterable[dict]) -> str:
+    """The seeds of reports, as `0, 1, 2`."""
+    return ", ".join(str(report["config"]["seed"]) for report in reports)
+
+
+def versions_of(report: dict) -> str:
+    """The versions that a report ran with, as `python 3.12.0, torch 2.13.0`."""
+    return ", ".join(f"{name} {value}" for name, value in report["versions"].items())
+
+
 def over_seeds(cells: Iterable[dict], field: str, digits: int) -> str:
     """`mean (lowest to highest)` of `field`, or why there is none."""
     cells = list(cells)

@@ -28,7 +28,7 @@ from memlayers.config import Strict
 from memlayers.eval.models import load_plain
 from memlayers.eval.perplexity import PerplexityConfig, unseen_prose
 from memlayers.eval.statistics import wilson
-from memlayers.eval.summary import over_seeds, reports_of_seeds, table
+from memlayers.eval.summary import over_seeds, reports_of_seeds, seeds_of, table
 from memlayers.files import write_text
 from memlayers.tasks import Sample, UpdatesConfig, UpdatesTask, rng_for
 from memlayers.yaml_config import load_yaml
@@ -155,7 +155,7 @@ def behind_memory(
 
 def summary(reports: list[dict]) -> str:
     """Markdown: accuracy over the number of statements, and perplexities."""
-    config, seeds = reports[0]["config"], ", ".join(str(report["config"]["seed"]) for report in reports)
+    config = reports[0]["config"]
     counts = list(reports[0]["cells"])
     row = [over_seeds([report["cells"][count] for report in reports], "accuracy", 3) for count in counts]
     each = [f"[{c['ci_low']:.3f}, {c['ci_high']:.3f}]" for c in (pooled(reports, count) for count in counts)]
@@ -168,7 +168,7 @@ def summary(reports: list[dict]) -> str:
             "# Fact updates by finetuning, and other text",
             "",
             f"{config['n']} histories a seed and length, one finetuning each: {config['steps']} steps of Adam at rate "
-            f"{config['learning_rate']} on each statement, in order; asked closed-book. Mean over seeds {seeds} (lowest to "
+            f"{config['learning_rate']} on each statement, in order; asked closed-book. Mean over seeds {seeds_of(reports)} (lowest to "
             f"highest), Wilson 95 % intervals of all. {config['note']}",
             "",
             *table(
