@@ -182,6 +182,15 @@ KINDS += [
         },
         only=UNLIKE,
     ),
+    Kind(
+        "associative_delta",
+        {
+            "past": ml.AssociativeMemoryConfig(
+                n_tokens=2, segment_length=SEGMENT, key_dim=16, normalize=False
+            )
+        },
+        only=UNLIKE,
+    ),
 ]
 
 

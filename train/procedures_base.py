@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from memlayers.files import write_text
-from memlayers.tasks.procedures import ProceduresConfig, ProceduresTask, Use
+from memlayers.tasks.procedures import Procedure, ProceduresConfig, ProceduresTask, Use
 
 CONFIG = "procedures.json"
 
@@ -67,13 +67,16 @@ def right(model, uses: Sequence[Use]) -> float:
 def measure(model, task: ProceduresTask, n: int) -> dict[str, float]:
     """What the base can do, with symbols that training never had."""
     rng = random.Random(f"memlayers:procedures:measured:{task.config.seed}")
-    held_out, known = (
-        [task.use(p, task.draw(rng, "eval"), definition) for p in rng.choices(of, k=n)]
-        for of, definition in ((task.new(64, task.config.seed), True), (task.known, False))
-    )
+    new = task.new(64, task.config.seed)
+    compounds = [Procedure(p.name, (word,)) for p, word in zip(new, task.compounds.values())]
+    measured = {
+        "held-out compositions, defined in the prompt": (new, True),
+        "compounds, defined in the prompt": (compounds, True),
+        "known names": (task.known, False),
+    }
     return {
-        "held-out compositions, defined in the prompt": right(model, held_out),
-        "known names": right(model, known),
+        name: right(model, [task.use(p, task.draw(rng, "eval"), told) for p in rng.choices(of, k=n)])
+        for name, (of, told) in measured.items()
     }
 
 
@@ -84,6 +87,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=1300)
+    parser.add_argument("--simple", type=int, default=500, help="first steps, on one order or one map each")
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--lr", type=float, default=4e-3)
     parser.add_argument("--width", type=int, default=64)
@@ -99,9 +103,8 @@ def main() -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.01, betas=(0.9, 0.98))
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, total_steps=args.steps, pct_start=0.1)
     for step in range(args.steps):
-        early = 3 * step < args.steps and not args.start
-        one_word = {"one_word": 1.0} if early else {}  # first what one word means
-        ids, learned = collate([task.pretraining(rng, **one_word) for _ in range(args.batch)])
+        simple = step < args.simple
+        ids, learned = collate([task.pretraining(rng, simple) for _ in range(args.batch)])
         logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
         loss = F.cross_entropy(logits[learned[:, 1:]], ids[:, 1:][learned[:, 1:]])
         optimizer.zero_grad()

@@ -19,6 +19,8 @@ class AssociativeMemoryConfig(MemoryConfig):
         key_dim: width of keys and queries before their features. What is read is a mean over the keys that a query
             touches at all, so that few features make it jump.
         nu: order of the features, DPFP-ν (2102.11174): 2 · nu · key_dim of them.
+        normalize: divide what is read by how much of the query's features was written, as ARMT does. False: the plain
+            delta rule, for which a key that is written again with strength 1 gives exactly its new value.
         correction: count a key that is there already only as far as it is new, in what reading divides by.
         bptt_segments: back-propagate through at most this many segments; None for all of a call.
         write_while_decoding: also write the tokens that `generate` produces, a segment at a time.
@@ -30,6 +32,7 @@ class AssociativeMemoryConfig(MemoryConfig):
     layers: list[int] | None = Field(None, min_length=1)
     key_dim: int = Field(64, ge=1)
     nu: int = Field(3, ge=1)
+    normalize: bool = True
     correction: bool = True
     bptt_segments: int | None = Field(None, ge=1)
     write_while_decoding: bool = False

@@ -16,7 +16,7 @@ class AssociativeLayer(nn.Module):
 
     φ are DPFP-ν features of length 1, A the matrix, z the sum of the keys' features:
 
-        read(x)  = Aᵀφ(q) / (z · φ(q))
+        read(x)  = Aᵀφ(q) / (z · φ(q)), or Aᵀφ(q) where the config says `normalize: false`
         write(m) : A ← A + Σ σ(β) φ(k) (v − read at k)ᵀ,   z ← z + Σ γ φ(k),   γ = 1 − z · φ(k), within 0 and 1
 
     with q, k, v and β linear in the RMS-normed input. γ keeps z from counting a key twice (`correction`; else 1). All
@@ -50,7 +50,7 @@ class AssociativeLayer(nn.Module):
     def read(self, x: torch.Tensor, matrix: torch.Tensor, normalizer: torch.Tensor) -> torch.Tensor:
         """What the memory holds for x (batch, tokens, hidden_size): the same shape, in the state's dtype."""
         with torch.autocast(x.device.type, enabled=False):
-            return _associated(self._features(self.query, self._normed(x, matrix)), matrix, normalizer)
+            return self._associated(self._features(self.query, self._normed(x, matrix)), matrix, normalizer)
 
     def write(
         self, tokens: torch.Tensor, matrix: torch.Tensor, normalizer: torch.Tensor
@@ -59,12 +59,19 @@ class AssociativeLayer(nn.Module):
         with torch.autocast(tokens.device.type, enabled=False):
             m = self._normed(tokens, matrix)
             keys = self._features(self.key, m)
-            new = self._linear(self.value, m) - _associated(keys, matrix, normalizer)
+            new = self._linear(self.value, m) - self._associated(keys, matrix, normalizer)
             strength = self._linear(self.beta, m).sigmoid()
             weight = torch.ones_like(strength[..., 0])
             if self.config.correction:
                 weight = (1 - (keys @ normalizer[..., None])[..., 0]).clamp(0, 1)
             return matrix + keys.mT @ (strength * new), normalizer + (weight[..., None] * keys).sum(1)
+
+    def _associated(
+        self, features: torch.Tensor, matrix: torch.Tensor, normalizer: torch.Tensor
+    ) -> torch.Tensor:
+        """(batch, tokens, hidden_size) for features (batch, tokens, n_features); 0 where nothing like them was written."""
+        held = features @ matrix
+        return held / (features @ normalizer[..., None] + EPS) if self.config.normalize else held
 
     def _normed(self, x: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
         return F.rms_norm(x.to(state.dtype), (self.hidden_size,), self.norm.weight.to(state.dtype), 1e-6)
@@ -89,8 +96,3 @@ def dpfp(x: torch.Tensor, nu: int) -> torch.Tensor:
     """
     r = torch.cat([x, -x], dim=-1).relu()
     return torch.cat([r * r.roll(places, dims=-1) for places in range(1, nu + 1)], dim=-1)
-
-
-def _associated(features: torch.Tensor, matrix: torch.Tensor, normalizer: torch.Tensor) -> torch.Tensor:
-    """(batch, tokens, hidden_size) for features (batch, tokens, n_features); 0 where nothing like them was written."""
-    return features @ matrix / (features @ normalizer[..., None] + EPS)

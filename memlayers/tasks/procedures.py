@@ -4,8 +4,8 @@
     use          aror oten : 3 1 4 1 = turn-cabd map-5 : 0 5 2 5 ;
 
 A use says first which words the name stands for and then what they make of the symbols: symbol i of the answer is
-`map[symbols[order[i]]]`. Some procedures have one word, an order or a map. Who learns a procedure puts a token of its own
-in the place of the words.
+`map[symbols[order[i]]]`. Some procedures have one word: an order, a map, or a compound, which is both in one token. Who
+learns a procedure puts a token of its own in the place of the words.
 
 A base is taught (`pretraining`) orders and maps, to do what a definition says, and `n_known` names by heart. Procedures
 to learn later (`ProceduresTask.new`) have compositions and names that no text of pretraining has. Training and evaluation
@@ -30,27 +30,30 @@ from memlayers.tasks.kinds import Split, split_of
 
 MARKS = (":", "=", "is", ";")
 PLACES = "abcde"
-KNOWN, ONE_WORD = 0.25, 0.4
-"""Shares of known procedures and, among the others, of those of one word in pretraining."""
+KNOWN, ONE_WORD, COMPOUND = 0.25, 0.5, 0.6
+"""Shares in pretraining of known procedures, among the others of those of one word, and of compounds among these."""
 
 
 class ProceduresConfig(Strict):
     """Which procedures there are. Equal configs give equal words, orders and maps.
 
-    n_compositions, n_names: kept for procedures that are to be learned later. n_known: names that the base learns by
-    heart; others have a new meaning in every definition. length: symbols of an input.
+    n_compositions, n_names: kept for procedures that are to be learned later. n_compounds: of the other compositions, so
+    many have a word that says both at once, so that one token that calls an order and a map is nothing new to the base.
+    n_known: names that the base learns by heart; others have a new meaning in every definition. length: symbols of an
+    input.
     n_symbols: different ones. n_orders, n_maps: reorderings and replacements; none leaves all as it is. n_name_words:
     first words of names, and as many second ones. seed: of all of it.
     """
 
     type: Literal["procedures"] = "procedures"
     n_compositions: int = Field(72, ge=1)
+    n_compounds: int = Field(216, ge=0)
     n_names: int = Field(192, ge=1)
     n_known: int = Field(256, ge=1)
     length: int = Field(4, ge=2, le=5)
     n_symbols: int = Field(6, ge=2, le=10)
     n_orders: int = Field(12, ge=1)
-    n_maps: int = Field(12, ge=1)
+    n_maps: int = Field(24, ge=1)
     n_name_words: int = Field(24, ge=2)
     seed: int = Field(0, ge=0)
 
@@ -61,6 +64,8 @@ class ProceduresConfig(Strict):
             raise ConfigError(
                 f"n_compositions: at most half of all {compositions:,}, the base learns from the others"
             )
+        if self.n_compounds > compositions - self.n_compositions:
+            raise ConfigError(f"n_compounds: {compositions - self.n_compositions} compositions are not held out")
         if self.n_orders > math.factorial(self.length) - 1:
             raise ConfigError(f"n_orders: {self.length} symbols have fewer orders")
         if self.n_maps > math.factorial(self.n_symbols) - 1:
@@ -92,7 +97,7 @@ class Use:
 class ProceduresTask:
     """The procedures of a config, and texts about them in ids of a tokenizer.
 
-    Attributes: `orders`: word -> places; `maps`: word -> symbols; `held_out`: compositions of no pretraining; `known`:
+    Attributes: `orders`: word -> places; `maps`: word -> symbols; `compounds`: (order, map) -> word; `held_out`: compositions of no pretraining; `known`:
     procedures whose names the base learns by heart.
     Raises `ValueError` at construction when the tokenizer lacks a word.
     """
@@ -116,6 +121,7 @@ class ProceduresTask:
         rng.shuffle(self._compositions)
         self.held_out = self._compositions[: config.n_compositions]
         del self._compositions[: config.n_compositions]
+        self.compounds = {words: "+".join(words) for words in self._compositions[: config.n_compounds]}
         self._new_names = [self._names.pop() for _ in range(config.n_names)]
         self.known = [Procedure(self._names.pop(), self._some_words(rng)) for _ in range(config.n_known)]
         self.tokenizer = word_tokenizer(self.words) if tokenizer is None else tokenizer
@@ -130,7 +136,8 @@ class ProceduresTask:
     @property
     def words(self) -> list[str]:
         """Every word of every text."""
-        return [*MARKS, *self.symbols, *self.orders, *self.maps, *self.name_words]
+        compounds = self.compounds.values()
+        return [*MARKS, *self.symbols, *self.orders, *self.maps, *compounds, *self.name_words]
 
     def new(self, n: int, seed: int) -> list[Procedure]:
         """`n` procedures to learn: held-out compositions, held-out names, put together by `seed`. The first ones are the
@@ -153,7 +160,7 @@ class ProceduresTask:
 
     def result(self, words: tuple[str, ...], symbols: list[str]) -> list[str]:
         """What a procedure of these words makes of `symbols`."""
-        for word in words:
+        for word in "+".join(words).split("+"):
             if word in self.orders:
                 symbols = [symbols[place] for place in self.orders[word]]
             else:
@@ -184,21 +191,27 @@ class ProceduresTask:
         answer = said[said.index(start) + 1 :] if start in said else []
         return answer[: answer.index(stop)] if stop in answer else answer
 
-    def pretraining(self, rng: random.Random, one_word: float = ONE_WORD) -> Use:
+    def pretraining(self, rng: random.Random, simple: bool = False) -> Use:
         """A use of a known procedure, or one with its definition; no held-out name or composition.
 
-        one_word: share of one word among those with a definition; a base that begins with 1 learns several times faster.
+        simple: definitions only, each of one order or one map; a base that begins with them learns several times faster.
         """
         symbols = self.draw(rng, "train")
-        if rng.random() < KNOWN:
+        if simple:
+            words = (rng.choice([*self.orders, *self.maps]),)
+        elif rng.random() < KNOWN:
             return self.use(rng.choice(self.known), symbols)
-        return self.use(
-            Procedure(rng.choice(self._names), self._some_words(rng, one_word)), symbols, definition=True
-        )
+        else:
+            words = self._some_words(rng)
+        return self.use(Procedure(rng.choice(self._names), words), symbols, definition=True)
 
-    def _some_words(self, rng: random.Random, one_word: float = ONE_WORD) -> tuple[str, ...]:
+    def _some_words(self, rng: random.Random) -> tuple[str, ...]:
         words = rng.choice(self._compositions)
-        return (rng.choice(words),) if rng.random() < one_word else words
+        if rng.random() >= ONE_WORD:
+            return words
+        if self.compounds and rng.random() < COMPOUND:
+            return (rng.choice(list(self.compounds.values())),)
+        return (rng.choice(words),)
 
 
 def _different(rng: random.Random, symbols: range, n: int) -> list[tuple[int, ...]]:

@@ -46,10 +46,10 @@ def test_dpfp_by_hand():
     ]  # [0, 3, 2, 0] and [0, 0, 3, 2] behind it
 
 
-@pytest.mark.parametrize("correction", [True, False])
-def test_reading_and_writing_are_what_the_paper_says(correction):
+@pytest.mark.parametrize(("correction", "normalize"), [(True, True), (False, True), (True, False)])
+def test_reading_and_writing_are_what_the_paper_says(correction, normalize):
     """Token by token, with nothing but vectors."""
-    made = layer(correction=correction)
+    made = layer(correction=correction, normalize=normalize)
     matrix, normalizer = state_of(made, rows=2)
     assert (matrix.abs().amax((1, 2)) > 0.1).all()
     x = torch.randn(2, 3, WIDTH, dtype=torch.float64)
@@ -61,7 +61,7 @@ def test_reading_and_writing_are_what_the_paper_says(correction):
             for got, projection in ((read[row, i], made.query), (None, made.key)):
                 phi = dpfp(projection.weight @ m, 2)
                 phi = phi / phi.norm()
-                held = matrix[row].T @ phi / (normalizer[row] @ phi + EPS)
+                held = matrix[row].T @ phi / (normalizer[row] @ phi + EPS if normalize else 1)
                 if got is not None:
                     torch.testing.assert_close(got, held, atol=1e-12, rtol=1e-10)
             beta = (made.beta.weight[0] @ m + made.beta.bias[0]).sigmoid()
@@ -71,8 +71,9 @@ def test_reading_and_writing_are_what_the_paper_says(correction):
         torch.testing.assert_close(new_normalizer[row], z, atol=1e-12, rtol=1e-10)
 
 
-def test_gradients():
-    made = layer()
+@pytest.mark.parametrize("normalize", [True, False])
+def test_gradients(normalize):
+    made = layer(normalize=normalize)
     matrix, normalizer = (x.detach().requires_grad_() for x in state_of(made, rows=1))
     written = torch.randn(1, 2, WIDTH, dtype=torch.float64, requires_grad=True)
     x = torch.randn(1, 2, WIDTH, dtype=torch.float64, requires_grad=True)
@@ -97,6 +98,20 @@ def test_what_was_written_is_read_and_overwritten():
     twice = made.write(first, *once)
     torch.testing.assert_close(made.read(first, *twice), -value, rtol=1e-4, atol=1e-4)
     assert not torch.allclose(made.read(second, *twice), -value)
+
+
+def test_a_key_written_again_without_the_normalizer_reads_its_new_value_beside_other_keys():
+    """The plain delta rule: exact whatever else is there, which with the normalizer it is not."""
+    off = {}
+    for normalize in (True, False):
+        made = layer(normalize=normalize)
+        made.query.weight.data.copy_(made.key.weight)
+        made.beta.bias.data.fill_(50.0)
+        state, again = state_of(made, rows=1), torch.randn(1, 1, WIDTH, dtype=torch.float64)
+        value = made.value(made._normed(again, again))
+        off[normalize] = (made.read(again, *made.write(again, *state)) - value).norm() / value.norm()
+    assert off[False] < 1e-10
+    assert off[True] > 0.01
 
 
 def test_nothing_is_read_before_value_has_learned():
