@@ -184,11 +184,7 @@ KINDS += [
     ),
     Kind(
         "associative_delta",
-        {
-            "past": ml.AssociativeMemoryConfig(
-                n_tokens=2, segment_length=SEGMENT, key_dim=16, normalize=False
-            )
-        },
+        {"past": ml.AssociativeMemoryConfig(n_tokens=2, segment_length=SEGMENT, key_dim=16, normalize=False)},
         only=UNLIKE,
     ),
 ]

@@ -11,7 +11,15 @@ from memlayers.config import ConfigError, validate
 from memlayers.tasks.kinds import split_of
 from memlayers.tasks.procedures import Procedure, ProceduresConfig, ProceduresTask, word_tokenizer
 
-SMALL = {"n_compositions": 8, "n_names": 10, "n_known": 6, "n_orders": 4, "n_maps": 4, "n_name_words": 5}
+SMALL = {
+    "n_compositions": 8,
+    "n_compounds": 5,
+    "n_names": 10,
+    "n_known": 6,
+    "n_orders": 4,
+    "n_maps": 4,
+    "n_name_words": 5,
+}
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +51,7 @@ def test_answers_by_brute_force(task):
 
 def test_orders_and_maps_are_different_and_do_something(task):
     assert len(set(task.orders.values())) == len(task.orders) == 12
-    assert len(set(task.maps.values())) == len(task.maps) == 12
+    assert len(set(task.maps.values())) == len(task.maps) == 24
     for of in (task.orders, task.maps):
         for values in of.values():
             assert sorted(values) == list(range(len(values))) != list(values)
@@ -60,14 +68,24 @@ def test_pretraining_sees_nothing_of_what_is_to_be_learned(task):
         use = task.pretraining(rng)
         text = task.tokenizer.decode([*use.prompt, *use.words, *use.answer]).split()
         name, words = " ".join(text[:2]), tuple(task.tokenizer.decode(use.words).split())
-        assert name not in names and words not in compositions
+        assert name not in names and tuple("+".join(words).split("+")) not in compositions
         assert split_of(" ".join(text[text.index("=") - 4 : text.index("=")])) == "train"
         assert ("is" in text) == (name not in known)
         assert known.get(name, words) == words
         kinds["known" if name in known else "two words" if len(words) == 2 else "one word"] += 1
     assert min(kinds.values()) > 500
-    singles = [task.pretraining(rng, one_word=1.0) for _ in range(300)]
-    assert all(len(use.words) == 1 for use in singles if task._ids["is"] in use.prompt)
+    simple = [task.pretraining(rng, simple=True) for _ in range(300)]
+    assert {task.tokenizer.decode(use.words) for use in simple} <= {*task.orders, *task.maps}
+    assert all(task._ids["is"] in use.prompt for use in simple)
+
+
+def test_a_compound_does_what_its_two_words_do(task):
+    rng = random.Random(3)
+    assert len(task.compounds) == 216 and not set(task.compounds) & set(task.held_out)
+    for words, compound in task.compounds.items():
+        symbols = task.draw(rng, "train")
+        assert task.result((compound,), symbols) == task.result(words, symbols)
+        assert len(task.ids(compound)) == 1
 
 
 def test_new_procedures_go_by_seed_and_the_first_stay(task):
@@ -95,6 +113,7 @@ def test_an_answer_that_never_ends_or_never_begins(task):
     ("fields", "said"),
     [
         ({"n_compositions": 9}, "n_compositions: at most half of all 16"),
+        ({"n_compounds": 9}, "n_compounds: 8 compositions are not held out"),
         ({"n_names": 20}, "n_name_words: 5 make too few names"),
         ({"n_orders": 24}, "n_orders: 4 symbols have fewer"),
         ({"n_symbols": 2}, "n_maps: 2 symbols have fewer"),

@@ -77,6 +77,7 @@ def measure(model, task: ProceduresTask, n: int) -> dict[str, float]:
     return {
         name: right(model, [task.use(p, task.draw(rng, "eval"), told) for p in rng.choices(of, k=n)])
         for name, (of, told) in measured.items()
+        if of
     }
 
 
@@ -86,20 +87,19 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=1300)
-    parser.add_argument("--simple", type=int, default=500, help="first steps, on one order or one map each")
+    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--simple", type=int, default=300, help="first steps, on one order or one map each")
     parser.add_argument("--batch", type=int, default=128)
-    parser.add_argument("--lr", type=float, default=4e-3)
-    parser.add_argument("--width", type=int, default=64)
-    parser.add_argument("--layers", type=int, default=2)
-    parser.add_argument("--start", type=Path, help="a base that this made, to go on from")
+    parser.add_argument("--lr", type=float, default=3e-3)
+    parser.add_argument("--width", type=int, default=128)
+    parser.add_argument("--layers", type=int, default=3)
     parser.add_argument("--items", type=int, default=1000, help="uses to measure on, of each sort")
     args = parser.parse_args()
     started = time.process_time()
     torch.manual_seed(args.seed)
     task = ProceduresTask(ProceduresConfig(seed=args.seed))
-    model = LlamaForCausalLM.from_pretrained(args.start) if args.start else make_model(task, args)
-    rng = random.Random(f"memlayers:pretraining:{args.seed}{':on' if args.start else ''}")
+    model = make_model(task, args)
+    rng = random.Random(f"memlayers:pretraining:{args.seed}")
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.01, betas=(0.9, 0.98))
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, total_steps=args.steps, pct_start=0.1)
     for step in range(args.steps):

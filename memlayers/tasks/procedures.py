@@ -65,7 +65,9 @@ class ProceduresConfig(Strict):
                 f"n_compositions: at most half of all {compositions:,}, the base learns from the others"
             )
         if self.n_compounds > compositions - self.n_compositions:
-            raise ConfigError(f"n_compounds: {compositions - self.n_compositions} compositions are not held out")
+            raise ConfigError(
+                f"n_compounds: {compositions - self.n_compositions} compositions are not held out"
+            )
         if self.n_orders > math.factorial(self.length) - 1:
             raise ConfigError(f"n_orders: {self.length} symbols have fewer orders")
         if self.n_maps > math.factorial(self.n_symbols) - 1:

@@ -20,7 +20,9 @@ from memlayers.tasks.procedures import ProceduresConfig, ProceduresTask
 from memlayers.yaml_config import load_yaml
 
 YAML = Path(__file__).parents[2] / "configs" / "eval" / "procedures.yaml"
-PROCEDURES = ProceduresConfig(n_compositions=8, n_names=9, n_known=6, n_orders=4, n_maps=4, n_name_words=5)
+PROCEDURES = ProceduresConfig(
+    n_compositions=8, n_compounds=5, n_names=9, n_known=6, n_orders=4, n_maps=4, n_name_words=5
+)
 ARMS = {
     "tokens": {"type": "task_tokens", "learning_rate": 0.05},
     "tokens, replay": {"type": "task_tokens", "learning_rate": 0.05, "replay": 2, "renormalize": True},

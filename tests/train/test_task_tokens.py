@@ -149,7 +149,7 @@ def test_the_committed_config_learns_to_call_procedures(procedures):
 @pytest.mark.parametrize(
     ("override", "parts"),
     [
-        ("data.n=5", ["no task token for 'onad inir'", "names of the memory"]),
+        ("data.n=5", ["no task token for 'amat amit'", "names of the memory"]),
         ("data.n=80", ["data.procedures: 80 procedures are asked for, 72 compositions"]),
         ("data.procedures.seed=1", ["data.procedures: the tokenizer has no token for"]),
     ],
