@@ -77,7 +77,6 @@ def measure(model, task: ProceduresTask, n: int) -> dict[str, float]:
     return {
         name: right(model, [task.use(p, task.draw(rng, "eval"), told) for p in rng.choices(of, k=n)])
         for name, (of, told) in measured.items()
-        if of
     }
 
 
