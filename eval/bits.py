@@ -6,7 +6,8 @@ A text of random tokens, each of an alphabet equally likely, cannot be guessed: 
 worth log2(alphabet) bits. The alphabet is the tokens that spell the objects of the fictional facts, since a checkpoint
 has tokens that it never learned and cannot say. What a memory keeps for one text (its state; the table or the rows of a memory in parameters) is
 trained, on the frozen model, to predict the text; recalled are the tokens that are then the most likely ones behind
-those before them. Short and long texts are tried, and the most bits count.
+those before them. Short and long texts are tried, and the most bits count. A reversible memory is read in two ways: by the
+base, as memory tokens are, and back by its own compressor, which must have learned other random texts first.
 
 This asks what a memory has room for on that model, not what a trained memory writes there by itself. The control
 `other text` reads another text with the same memory.
@@ -35,14 +36,18 @@ from memlayers.eval.bits_config import BitsConfig, Ladder
 from memlayers.eval.bits_report import markdown, picture
 from memlayers.eval.capacity import tokens_of_words
 from memlayers.eval.models import load_plain
+from memlayers.eval.reversible import fit
 from memlayers.eval.speed.timing import where
 from memlayers.eval.summary import reports_of_seeds
 from memlayers.files import write_text, write_whole
+from memlayers.reversible import ReversibleMemory
 from memlayers.segments import fresh_state
 from memlayers.task_tokens import TaskTokens
 from memlayers.yaml_config import load_yaml
 
 MEMORY = "held"
+N_LEARNED = 100_000
+"""Random tokens that a compressor learns on."""
 
 
 def evaluate(config: BitsConfig, output_dir: str | Path, progress: bool = True) -> list[dict]:
@@ -70,6 +75,7 @@ def measure(config: BitsConfig, seed: int, progress: bool = False) -> dict:
     generator = torch.Generator().manual_seed(seed)
     longest = max(length for ladder in config.kinds.values() for length in ladder.lengths)
     texts = alphabet[torch.randint(len(alphabet), (2, 1, longest + 1), generator=generator)]
+    learned = alphabet[torch.randint(len(alphabet), (N_LEARNED,), generator=generator)]
     cells = [
         {"name": name, "size": size, "length": length}
         for name, ladder in config.kinds.items()
@@ -78,7 +84,7 @@ def measure(config: BitsConfig, seed: int, progress: bool = False) -> dict:
     ]
     for cell in tqdm(cells, desc=f"seed {seed}", unit="text", disable=not progress):
         ladder, part = config.kinds[cell["name"]], texts[:, :, : cell["length"] + 1]
-        cell |= one_text(base, ladder, cell["size"], *part, steps=config.steps, seed=seed)
+        cell |= one_text(base, ladder, cell["size"], *part, steps=config.steps, seed=seed, learned=learned)
         cell["bits"] = cell["recalled"] * math.log2(len(alphabet))
     return {
         "config": {**config.model_dump(), "seed": seed},
@@ -90,14 +96,24 @@ def measure(config: BitsConfig, seed: int, progress: bool = False) -> dict:
 
 
 def one_text(
-    base, ladder: Ladder, size: int, text: torch.Tensor, other: torch.Tensor, steps: int, seed: int
+    base,
+    ladder: Ladder,
+    size: int,
+    text: torch.Tensor,
+    other: torch.Tensor,
+    steps: int,
+    seed: int,
+    learned: torch.Tensor,
 ) -> dict:
-    """Train what a memory keeps to predict `text` (1, length + 1), and count; `base` is left as it was."""
+    """Train what a memory keeps to predict `text` (1, length + 1), and count; `base` is left as it was. `learned`: random
+    tokens (tokens,) for a compressor that must learn first."""
     started = time.process_time()
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        ml.attach(base, ladder.of_size(size), name=MEMORY)
-        kept = Kept(base)
+        memory = ml.attach(base, ladder.of_size(size, text.shape[1] - 1), name=MEMORY)
+        if ladder.read_back is not None:
+            fit(base, memory, learned, ladder.read_back, seed)
+        kept = Kept(base, text, reads_back=ladder.read_back is not None)
     try:
         optimizer = torch.optim.AdamW(kept.tensors, lr=ladder.learning_rate, weight_decay=0.0)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
@@ -121,42 +137,59 @@ def one_text(
 
 
 class Kept:
-    """What a memory keeps for one text, as tensors that train; its other parameters stay as they were drawn.
+    """What a memory keeps for one text, as tensors that train; its other parameters stay as they were drawn or learned.
+
+    Args:
+        text: (1, length + 1) int64; a reversible memory starts from what its compressor makes of it but the first token.
+        reads_back: the memory itself gives the text back; else the base predicts it.
 
     Attributes:
         tensors: the float tensors of its state; the values of a product-key memory; the rows of task tokens.
         nbytes: bytes of all that is kept.
     """
 
-    def __init__(self, model):
-        memory = ml.memories(model)[MEMORY]
+    def __init__(self, model, text: torch.Tensor, reads_back: bool = False):
+        self.memory, self.reads_back = ml.memories(model)[MEMORY], reads_back
         self.prefix, self.state = torch.empty(1, 0, dtype=torch.int64), None
-        for parameter in memory.parameters():
+        for parameter in self.memory.parameters():
             parameter.requires_grad_(False)
             if not parameter.any():  # a projection that starts at zero lets nothing through
                 torch.nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
-        nothing_read = torch.empty(1, 0, model.config.hidden_size)
-        state = fresh_state({MEMORY: memory}, nothing_read).detach().clone()
+        if isinstance(self.memory, ReversibleMemory):
+            state = ml.write(model, text[:, 1:])
+        else:
+            nothing_read = torch.empty(1, 0, model.config.hidden_size)
+            state = fresh_state({MEMORY: self.memory}, nothing_read).detach().clone()
         if state[MEMORY]:
             self.tensors = list(_trained(state[MEMORY]))
             self.state, self.nbytes = state, state.nbytes
             return
-        if isinstance(memory, TaskTokens):
-            self.prefix = memory.first_id + torch.arange(memory.rows.n_places)[None]
-            self.tensors = list(memory.rows.input.values())
+        if isinstance(self.memory, TaskTokens):
+            self.prefix = self.memory.first_id + torch.arange(self.memory.rows.n_places)[None]
+            self.tensors = list(self.memory.rows.input.values())
         else:
-            self.tensors = [memory.values]
+            self.tensors = [self.memory.values]
         self.tensors = [tensor.requires_grad_() for tensor in self.tensors]
         self.nbytes = sum(tensor.nbytes for tensor in self.tensors)
 
     def loss(self, model, text: torch.Tensor) -> tuple[torch.Tensor, int]:
         """The mean loss (nats) of the tokens of `text` but the first among the words of the base, and how many are right."""
-        ids = torch.cat([self.prefix, text], dim=1)
-        reading = {} if self.state is None else {"memory_state": self.state, "write_memory": False}
-        output = model(input_ids=ids, use_cache=False, **reading)
-        logits = output.logits[0, self.prefix.shape[1] : -1, : model.config.vocab_size].float()
+        logits = self._given_back(model, text) if self.reads_back else self._predicted(model, text)
         right = (logits.argmax(-1) == text[0, 1:]).sum().item()
         return F.cross_entropy(logits, text[0, 1:]), right
+
+    def _predicted(self, model, text: torch.Tensor) -> torch.Tensor:
+        """(length, vocabulary): the base's logits of the tokens of `text` behind those before them."""
+        ids = torch.cat([self.prefix, text[:, :-1]], dim=1)
+        reading = {} if self.state is None else {"memory_state": self.state, "write_memory": False}
+        output = model(input_ids=ids, use_cache=False, **reading)
+        return output.logits[0, self.prefix.shape[1] :, : model.config.vocab_size].float()
+
+    def _given_back(self, model, text: torch.Tensor) -> torch.Tensor:
+        """(length, vocabulary): the memory's own scores of the tokens of `text`, which it does not see."""
+        length = text.shape[1] - 1
+        used = torch.arange(self.memory.segment_length)[None] < length
+        return self.memory.scores(self.state[MEMORY]["compressed"], used, model)[0, :length]
 
 
 def _trained(fields: dict[str, torch.Tensor]) -> Iterator[torch.Tensor]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated
 
 from pydantic import Field, model_validator
 
 import memlayers as ml
 from memlayers.config import ConfigError, Strict
+from memlayers.eval.reversible import CycleTraining
 from memlayers.kinds import AnyMemoryConfig
 
 
@@ -15,11 +17,13 @@ class Ladder(Strict):
     """One kind of memory in several sizes.
 
     Attributes:
-        memory: all its other fields.
+        memory: all its other fields. The `ratios` of a reversible memory follow from the text, which is one segment.
         field: the field that sizes set; `names` takes as many names.
         sizes: its values.
         lengths: tokens of a text, one after the other; the most bits count.
         learning_rate: of AdamW.
+        read_back: count what a reversible memory itself gives back, after this training of its compressor on other
+            random texts; None: what the base predicts.
     """
 
     memory: AnyMemoryConfig
@@ -27,6 +31,7 @@ class Ladder(Strict):
     sizes: list[Annotated[int, Field(ge=1)]] = Field(min_length=1)
     lengths: list[Annotated[int, Field(ge=1)]] = Field([64, 256], min_length=1)
     learning_rate: float = Field(1e-2, gt=0)
+    read_back: CycleTraining | None = None
 
     @model_validator(mode="after")
     def _fits_together(self):
@@ -34,14 +39,21 @@ class Ladder(Strict):
             values = getattr(self, field)
             if len(set(values)) < len(values):
                 raise ConfigError(f"{field}: {values} names a value twice")
+        if self.read_back is not None and self.memory.type != "reversible":
+            raise ConfigError(
+                f"read_back: only a reversible memory gives text back, not {self.memory.type!r}"
+            )
         for size in self.sizes:
-            self.of_size(size)
+            self.of_size(size, self.lengths[0])
         return self
 
-    def of_size(self, size: int) -> ml.MemoryConfig:
-        """The memory of this size. Raises `ConfigError` where its kind does not take it."""
-        value = [f"task{i}" for i in range(size)] if self.field == "names" else size
-        return ml.parse_memory_config({**self.memory.model_dump(), self.field: value})
+    def of_size(self, size: int, length: int) -> ml.MemoryConfig:
+        """The memory of this size for a text of `length` tokens. Raises `ConfigError` where its kind does not take it."""
+        fields = self.memory.model_dump()
+        fields[self.field] = [f"task{i}" for i in range(size)] if self.field == "names" else size
+        if self.memory.type == "reversible":
+            fields["ratios"] = [math.ceil(length / fields["n_tokens"])]
+        return ml.parse_memory_config(fields)
 
 
 class BitsConfig(Strict):

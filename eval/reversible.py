@@ -43,14 +43,27 @@ from memlayers.yaml_config import load_yaml
 MEMORY = "past"
 
 
-class ReversibleEvalConfig(Strict):
-    """What is measured.
+class CycleTraining(Strict):
+    """Training of a compressor on segments of text with the cycle loss alone.
+
+    Attributes:
+        steps: of AdamW, cosine to 0 after a tenth.
+        batch_size: segments a step.
+        learning_rate: the highest.
+    """
+
+    steps: int = Field(400, ge=1)
+    batch_size: int = Field(32, ge=1)
+    learning_rate: float = Field(2e-2, gt=0)
+
+
+class ReversibleEvalConfig(CycleTraining):
+    """What is measured; the fields of `CycleTraining` are those of every arm.
 
     Attributes:
         model: folder or hub id of a plain checkpoint, the base.
         file: a plain text file; the last fifth of its sentences is unseen.
         arms: name to memory; {}: only the checkpoint.
-        steps, batch_size, learning_rate: of training an arm: segments a step, AdamW, cosine to 0 after a tenth.
         n_segments: unseen segments, fewer if the text ends before.
         checkpoint: folder of a trained model with one reversible memory, `{seed}` stands for the seed; None: none.
         context_segments: read before the last segment, where perplexity is measured.
@@ -62,9 +75,6 @@ class ReversibleEvalConfig(Strict):
     model: str
     file: str
     arms: dict[str, ml.ReversibleMemoryConfig] = Field(default_factory=dict)
-    steps: int = Field(400, ge=1)
-    batch_size: int = Field(32, ge=1)
-    learning_rate: float = Field(2e-2, gt=0)
     n_segments: int = Field(500, ge=2)
     checkpoint: str | None = None
     context_segments: int = Field(3, ge=1)
@@ -157,9 +167,7 @@ def measure_arm(base, memory, seen, unseen, config: ReversibleEvalConfig, seed: 
     return cell, {"length": unseen.shape[1], "right": right.tolist()}
 
 
-def fit(
-    base, memory, seen: torch.Tensor, config: ReversibleEvalConfig, seed: int, bar: str | None = None
-) -> float:
+def fit(base, memory, seen: torch.Tensor, config: CycleTraining, seed: int, bar: str | None = None) -> float:
     """Train `memory` on random segments of `seen` (tokens,) with the cycle loss; its mean over the last tenth."""
     optimizer = torch.optim.AdamW(memory.parameters(), lr=config.learning_rate, betas=(0.9, 0.95))
     schedule = get_cosine_schedule_with_warmup(optimizer, config.steps // 10, config.steps)

@@ -39,26 +39,28 @@ def text(length: int) -> torch.Tensor:
 def test_what_is_kept_and_only_that_is_trained(tiny_llama, name):
     tiny_llama.requires_grad_(False)
     each = ladder(name)
-    size = each.sizes[1]
-    ml.attach(tiny_llama, each.of_size(size), name=MEMORY)
-    kept = Kept(tiny_llama)
+    size, some = each.sizes[1], text(12)
+    ml.attach(tiny_llama, each.of_size(size, 12), name=MEMORY)
+    kept = Kept(tiny_llama, some, reads_back=each.read_back is not None)
     before = {name: x.clone() for name, x in tiny_llama.state_dict().items()}
-    kept.loss(tiny_llama, text(12))[0].backward()
+    kept.loss(tiny_llama, some)[0].backward()
     assert all(tensor.grad is not None and tensor.grad.any() for tensor in kept.tensors)
     torch.optim.SGD(kept.tensors, lr=1.0).step()
     changed = {n for n, x in tiny_llama.state_dict().items() if not torch.equal(x, before[n])}
     own = {n for n, x in tiny_llama.named_parameters() if any(x is tensor for tensor in kept.tensors)}
     assert changed == own  # nothing but parameters that are kept: none where the memory has a state
     hidden = tiny_llama.config.hidden_size
-    numbers = {"memory tokens": size * hidden, "task tokens": size * hidden, "product keys": size**2 * hidden}
-    if name in numbers:
-        assert sum(tensor.numel() for tensor in kept.tensors) == numbers[name]
+    rows = {"memory tokens": size, "task tokens": size, "product keys": size**2}
+    rows |= {name: size for name in LADDERS if name.startswith("reversible")}
+    if name in rows:
+        assert sum(tensor.numel() for tensor in kept.tensors) == rows[name] * hidden
     assert kept.nbytes >= sum(tensor.nbytes for tensor in kept.tensors)
 
 
 def test_counts_are_those_of_the_model(tiny_llama):
-    ml.attach(tiny_llama, ladder("memory tokens").of_size(4), name=MEMORY)
-    kept, some = Kept(tiny_llama), text(10)
+    ml.attach(tiny_llama, ladder("memory tokens").of_size(4, 10), name=MEMORY)
+    some = text(10)
+    kept = Kept(tiny_llama, some)
     loss, right = kept.loss(tiny_llama, some)
     embeds = tiny_llama.get_input_embeddings()(some)
     (memory,) = kept.tensors
@@ -77,12 +79,42 @@ def test_a_text_is_recalled_and_another_is_not(tiny_llama):
     before = {name: x.clone() for name, x in tiny_llama.state_dict().items()}
     lora = {"type": "lora", "lora_alpha": 8}
     lora = Ladder(memory=lora, field="r", sizes=[4], learning_rate=3e-2)
-    found = one_text(tiny_llama, lora, 4, text(12), text(12), steps=60, seed=1)
+    found = one_text(tiny_llama, lora, 4, text(12), text(12), steps=60, seed=1, learned=text(100)[0])
     assert found["recalled"] >= 10 and found["other_text"] <= 2
     widths = sum(sum(m.weight.shape) for n, m in tiny_llama.named_modules() if n.endswith("_proj"))
     assert found["bytes"] >= 4 * 4 * widths
     assert not ml.memories(tiny_llama)
     assert all(torch.equal(x, before[name]) for name, x in tiny_llama.state_dict().items())
+
+
+def test_read_back_counts_what_the_memory_gives_back(tiny_llama):
+    tiny_llama.requires_grad_(False)
+    each = ladder("reversible, read back")
+    memory, some = ml.attach(tiny_llama, each.of_size(4, 10), name=MEMORY), text(10)
+    assert memory.segment_length == 12  # 4 tokens of 3 each: the text is one segment
+    kept = Kept(tiny_llama, some, reads_back=True)
+    said, mask = ml.read_back(tiny_llama, kept.state)
+    assert mask.sum() == 10
+    loss, right = kept.loss(tiny_llama, some)
+    assert right == (said == some[:, 1:]).sum()
+    optimizer = torch.optim.AdamW(kept.tensors, lr=1e-1)
+    for _ in range(30):
+        optimizer.zero_grad()
+        kept.loss(tiny_llama, some)[0].backward()
+        optimizer.step()
+    assert kept.loss(tiny_llama, some)[0] < loss
+
+
+def test_a_compressor_learns_other_texts_before_it_is_read_back(tiny_llama):
+    tiny_llama.requires_grad_(False)
+    draw = torch.Generator().manual_seed(3)
+    alphabet = torch.arange(3, 20)
+    texts = alphabet[torch.randint(len(alphabet), (2, 1, 9), generator=draw)]
+    learned = alphabet[torch.randint(len(alphabet), (2000,), generator=draw)]
+    each = ladder("reversible, read back", read_back={"steps": 60, "batch_size": 16, "learning_rate": 1e-2})
+    found = one_text(tiny_llama, each, 4, *texts, steps=20, seed=1, learned=learned)
+    assert found["recalled"] >= 7 and found["other_text"] <= 3
+    assert not ml.memories(tiny_llama)
 
 
 def test_the_most_bits_of_any_length_count():
@@ -125,6 +157,7 @@ def test_reports_and_a_finished_seed_is_not_measured_again(tiny_llama, tokenizer
         ({"lengths": [8, 8]}, "lengths.*names a value twice"),
         ({"field": "n_token"}, "n_token"),
         ({"sizes": [0]}, "sizes"),
+        ({"read_back": {}}, "read_back: only a reversible memory"),
     ],
 )
 def test_errors_name_the_field(changes, message):
