@@ -206,6 +206,9 @@ def _prepare_inputs(self, *args, is_first_iteration=False, memory_state=None, wr
 
 
 def _by_name(function, args: tuple, kwargs: dict) -> dict:
+    """The arguments of a call of `function` by their names."""
+    if not args:
+        return dict(kwargs)
     call = inspect.signature(function).bind_partial(*args, **kwargs)
     for parameter in call.signature.parameters.values():
         if parameter.kind is inspect.Parameter.VAR_KEYWORD:
@@ -246,6 +249,8 @@ def _new_mask(attention_mask: torch.Tensor | None, embeds: torch.Tensor) -> torc
 def _check_unpacked(position_ids: torch.Tensor | None, mask: torch.Tensor) -> None:
     """Positions are counted inside each segment; those of a caller only tell whether he packed several texts."""
     if position_ids is None or position_ids.dim() != 2 or position_ids.shape[-1] != mask.shape[1]:
+        return
+    if mask.shape[1] == 1:
         return
     goes_back = (position_ids.diff(dim=1) < 0) & mask[:, 1:] & mask[:, :-1]
     if goes_back.any():

@@ -28,7 +28,8 @@ class Pass:
         write_at: columns of the tokens with which a memory writes behind a segment, by memory; the last token of the
             segment for those without.
         after: their fields after it; filled while it runs.
-        reads: what a layer has read before it runs, by memory and layer.
+        reads: what a layer has read before it runs, by memory and what of it: a layer, or a field of the state.
+        masks: a mask of attention and what a memory made of it, which layers share; by memory, id and keys before.
     """
 
     memories: Mapping[str, Memory]
@@ -40,6 +41,7 @@ class Pass:
     write_at: Mapping[str, slice] = field(default_factory=dict)
     after: dict[str, Fields] = field(default_factory=dict)
     reads: dict[tuple[str, str], torch.Tensor] = field(default_factory=dict)
+    masks: dict[tuple[str, int, int], tuple[torch.Tensor | None, torch.Tensor]] = field(default_factory=dict)
 
     def name_of(self, memory: Memory) -> str | None:
         """The name under which `memory` takes part, or None."""

@@ -46,11 +46,11 @@ FORWARD, BACKWARD = "forward", "forward and backward"
 ANSWER, READ = "answer", "read and answer"
 
 
-def random_base(width: int, layers: int, device: str) -> PreTrainedModel:
+def random_base(width: int, layers: int, device: str, vocab_size: int = VOCAB, **config) -> PreTrainedModel:
     """A Llama that never ends a text by itself, in eval mode."""
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=VOCAB,
+        vocab_size=vocab_size,
         hidden_size=width,
         intermediate_size=width * 11 // 4,
         num_hidden_layers=layers,
@@ -59,6 +59,7 @@ def random_base(width: int, layers: int, device: str) -> PreTrainedModel:
         max_position_embeddings=16_384,
         bos_token_id=None,
         eos_token_id=None,
+        **config,
     )
     return LlamaForCausalLM(config).eval().to(device)
 

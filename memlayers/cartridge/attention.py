@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
+from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache
 
 from ..streaming import as_attention_takes_it, written_out
@@ -30,13 +30,19 @@ class KeysBefore:
         return self.keys.shape[2] + (0 if self.below is None else self.below.get_seq_length(layer_idx))
 
 
+def as_many_rows(x: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+    """x (rows, ...) with each row as often as beams share it in `hidden` (rows · beams, ...)."""
+    shared_by = hidden.shape[0] // x.shape[0]
+    return x if shared_by == 1 else x.repeat_interleave(shared_by, dim=0)
+
+
 def mask_before(
     mask: torch.Tensor | None,
     length: torch.Tensor,
     places: int,
     hidden: torch.Tensor,
-    below: Cache | KeysBefore | None,
-    attention: nn.Module,
+    previous: int,
+    config: PreTrainedConfig,
 ) -> torch.Tensor:
     """The mask of a call of attention, with the last `length` of `places` columns before it seen by all tokens.
 
@@ -44,13 +50,13 @@ def mask_before(
         mask: (rows or 1, 1, queries, keys), or None where all that is not in the future is seen.
         length: (rows,).
         hidden: (rows, queries, hidden_size), what attention is given.
+        previous: keys of the text there are before those of the queries.
 
     Raises:
         ValueError: an implementation of attention that takes no mask of ours.
     """
     rows, n_queries = hidden.shape[:2]
-    previous = 0 if below is None else below.get_seq_length(attention.layer_idx)
-    mask = written_out(mask, n_queries, previous, attention.config, hidden, who="a cartridge")
+    mask = written_out(mask, n_queries, previous, config, hidden, who="a cartridge")
     used = torch.arange(places, device=length.device) >= places - length[:, None]
-    used = as_attention_takes_it(used[:, None, None].expand(-1, -1, n_queries, -1), attention.config, hidden)
+    used = as_attention_takes_it(used[:, None, None].expand(-1, -1, n_queries, -1), config, hidden)
     return torch.cat([used, mask.expand(rows, -1, -1, -1)], dim=-1)

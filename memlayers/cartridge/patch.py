@@ -14,7 +14,7 @@ from ..passes import Pass, carried
 from ..state import MemoryState
 from ..streaming import CACHE_NAMES
 from ..writing import Writer
-from .attention import KeysBefore, mask_before
+from .attention import KeysBefore, as_many_rows, mask_before
 from .config import CartridgeConfig
 from .start import keys_and_values, keys_and_values_of_prompt, keys_shapes
 
@@ -148,9 +148,9 @@ class _Carry(_Hook):
         if name is None:
             return None
         hidden, *rest = args
-        fields = run.before[name]
-        both = torch.stack([fields[f"layers.{self.layer}.{part}"] for part in ("keys", "values")])
-        hidden, run.reads[name, str(self.layer)] = carried(block, hidden, both)
+        for part in ("keys", "values"):
+            field = f"layers.{self.layer}.{part}"
+            hidden, run.reads[name, field] = carried(block, hidden, run.before[name][field])
         return (hidden, *rest), kwargs
 
 
@@ -168,11 +168,14 @@ class _Prepend(_Hook):
         if name is None:
             return None
         hidden = args[0] if args else kwargs["hidden_states"]
-        both = run.reads[name, str(self.layer)]
-        shared_by = hidden.shape[0] // both.shape[1]
-        keys, values = both.to(hidden.dtype).transpose(2, 3).repeat_interleave(shared_by, dim=1)
-        below = kwargs.get(self.cache_name)
-        length = run.before[name]["length"].repeat_interleave(shared_by)
-        mask = mask_before(kwargs.get("attention_mask"), length, keys.shape[2], hidden, below, attention)
+        fields = (run.reads[name, f"layers.{self.layer}.{part}"] for part in ("keys", "values"))
+        keys, values = (as_many_rows(x, hidden).to(hidden.dtype).transpose(1, 2) for x in fields)
+        below, mask = kwargs.get(self.cache_name), kwargs.get("attention_mask")
+        previous = 0 if below is None else below.get_seq_length(self.layer)
+        key = name, id(mask), previous  # layers of one kind of attention share it
+        if key not in run.masks:
+            length = as_many_rows(run.before[name]["length"], hidden)
+            longer = mask_before(mask, length, keys.shape[2], hidden, previous, attention.config)
+            run.masks[key] = mask, longer  # held, so that no other mask gets its id
         before = KeysBefore(keys, values, below)
-        return args, {**kwargs, self.cache_name: before, "attention_mask": mask}
+        return args, {**kwargs, self.cache_name: before, "attention_mask": run.masks[key][1]}

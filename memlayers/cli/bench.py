@@ -16,6 +16,7 @@ class Benchmark(StrEnum):
     product_key = "product_key"
     neural = "neural"
     lora = "lora"
+    token_memories = "token_memories"
 
 
 @command
@@ -32,6 +33,16 @@ def bench(
             help="For neural: the file ttt.py of github.com/test-time-training/ttt-lm-pytorch, to compare with it.",
         ),
     ] = None,
+    armt: Annotated[
+        Path | None,
+        typer.Option(
+            envvar="MEMLAYERS_ARMT",
+            exists=True,
+            file_okay=False,
+            help="For token_memories: a clone of github.com/RodkinIvan/associative-recurrent-memory-transformer, "
+            "to compare with it.",
+        ),
+    ] = None,
     output: Annotated[Path | None, typer.Option(help="JSON file to write.")] = None,
     debug: Debug = False,
 ) -> None:
@@ -44,7 +55,7 @@ def bench(
     import torch
     from rich.console import Console
 
-    from memlayers.eval.speed import lora, neural, product_key
+    from memlayers.eval.speed import lora, neural, product_key, token_memories
     from memlayers.files import write_text
 
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -52,6 +63,8 @@ def bench(
         report = neural.benchmark(rounds, device, ttt_lm)
     elif kind is Benchmark.lora:
         report = lora.benchmark(rounds, device)
+    elif kind is Benchmark.token_memories:
+        report = token_memories.benchmark(rounds, device, armt)
     else:
         report = product_key.benchmark(rounds, device)
     console = Console()
