@@ -112,8 +112,15 @@ def table(head: list[str], rows: list[list[str]]) -> list[str]:
 
 
 def summary(groups: list[Group], suite: str) -> str:
-    """Markdown: one table of recall, lengths in columns, and one of perplexities where they were measured."""
+    """Markdown: one table of recall, lengths in columns, and one of perplexities where they were measured.
+
+    Raises `ValueError` where a report has no such suite.
+    """
     first = groups[0]
+    for group in groups:
+        for there in (report["config"]["suites"] for report in group.reports):
+            if suite not in there:
+                raise ValueError(f"--suite: {group.name} has no suite {suite!r}, but {', '.join(there)}")
     if suite in first.reports[0].get("facts", {}):
         return facts_summary(groups, suite)
     if suite in first.reports[0].get("mqar", {}):

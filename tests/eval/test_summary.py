@@ -69,3 +69,9 @@ def test_missing_reports_are_named(tmp_path):
         load_group(f"ours@D={tmp_path}/nothing*")
     with pytest.raises(ValueError, match="NAME@REGIME=GLOB"):
         load_group("nothing")
+
+
+def test_a_suite_that_is_not_there_is_named(tmp_path):
+    (tmp_path / "report.json").write_text(json.dumps(report(0.5, 8.0)))
+    with pytest.raises(ValueError, match="--suite: ours has no suite 'mqar', but passkey"):
+        summary([load_group(f"ours@D={tmp_path}")], "mqar")
