@@ -195,6 +195,9 @@ def params(applies: Callable[[Kind], bool] = lambda kind: True, why: str = "") -
     return cells
 
 
+LEARNS = (lambda kind: kind.learns, "has no parameters")
+
+
 def cases(applies: Callable[[Kind], bool] = lambda kind: True, why: str = "") -> pytest.MarkDecorator:
     """Decorator: run a test on every cell for which `applies(kind)`; `why` says what the others lack."""
     return pytest.mark.parametrize("case", params(applies, why))

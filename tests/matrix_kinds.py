@@ -24,6 +24,7 @@ class Kind:
         chooses: reads what scores best, a step where rounding may tip the scale.
         replaces: takes the place of an MLP, whose parameters get no gradient then.
         by_gradient: `ml.write` takes gradient steps; a forward call only reads.
+        learns: has parameters; a cartridge that only texts are written into has none.
         n_new_tokens: ids that it adds behind the base's, with logits of their own; the base's logits do not move.
         only: the architectures it is run on, where the others would show nothing new; (): all.
     """
@@ -38,6 +39,7 @@ class Kind:
     replaces: bool = False
     chooses: bool = False
     by_gradient: bool = False
+    learns: bool = True
     n_new_tokens: int = 0
     only: tuple[str, ...] = ()
 
@@ -162,10 +164,16 @@ def _cartridge(name: str, start: str) -> Kind:
     """Three places."""
     writer = {"steps": 2, "learning_rate": 1.0, "optimizer": "sgd", "segment_length": 5}
     config = ml.CartridgeConfig(n_tokens=3, start=start, writer=writer)
-    return Kind(name, {"notes": config}, segmented=False, by_gradient=True)
+    fresh = start == "text"  # nothing before a text is written
+    flags = {"additive": fresh, "learns": not fresh, "segmented": False, "by_gradient": True}
+    return Kind(name, {"notes": config}, **flags)
 
 
-KINDS += [_cartridge("cartridge", "learned"), _cartridge("prompt", "prompt")]
+KINDS += [
+    _cartridge("cartridge", "learned"),
+    _cartridge("prompt", "prompt"),
+    _cartridge("cartridge_text", "text"),
+]
 
 
 KINDS += [
@@ -180,12 +188,10 @@ KINDS += [
                 n_tokens=2, segment_length=SEGMENT, key_dim=12, nu=4, layers=[0], correction=False
             )
         },
-        only=UNLIKE,
     ),
     Kind(
         "associative_delta",
         {"past": ml.AssociativeMemoryConfig(n_tokens=2, segment_length=SEGMENT, key_dim=16, normalize=False)},
-        only=UNLIKE,
     ),
 ]
 
@@ -200,16 +206,15 @@ KINDS += [
         "reversible_levels",
         {"past": ml.ReversibleMemoryConfig(n_tokens=1, ratios=[1, SEGMENT], heads=2, depth=2)},
         accumulates=True,
-        only=UNLIKE,
     ),
 ]
 
 
-def _task_tokens(name: str, only: tuple[str, ...] = (), **fields) -> Kind:
+def _task_tokens(name: str, **fields) -> Kind:
     """Three procedures behind the vocabulary."""
     config = ml.TaskTokensConfig(names=["sort", "copy", "reverse"], **fields)
-    flags = {"additive": True, "stateful": False, "segmented": False, "n_new_tokens": 3, "only": only}
+    flags = {"additive": True, "stateful": False, "segmented": False, "n_new_tokens": 3}
     return Kind(name, {"tasks": config}, **flags)
 
 
-KINDS += [_task_tokens("task_tokens"), _task_tokens("task_tokens_untied", UNLIKE, tied=False)]
+KINDS += [_task_tokens("task_tokens"), _task_tokens("task_tokens_untied", tied=False)]

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from matrix import SEGMENT, cases, llama, near, pad, positions, tokens
+from matrix import LEARNS, SEGMENT, cases, llama, near, pad, positions, tokens
 
 import memlayers as ml
 
@@ -28,7 +28,7 @@ def gradients(model, ids, **inputs):
     [(True, True), (False, True), (False, False)],
     ids=["reentrant", "non_reentrant", "non_reentrant_base_trained"],
 )
-@cases()
+@cases(*LEARNS)
 def test_checkpointing_gives_the_same_gradients(case, reentrant, freeze_base):
     model, ids = case.model(freeze_base=freeze_base).train(), case.tokens(2, 3 * SEGMENT)
     calls, norm = [], [m for n, m in model.named_modules() if n.endswith(("0.input_layernorm", "h.0.ln_1"))]
@@ -63,7 +63,7 @@ def test_the_loss_is_the_mean_over_labelled_next_tokens(case):
     near(output.loss, torch.stack(losses).mean(), 1e-5)
 
 
-@cases(lambda kind: kind.stateful, "keeps no state")
+@cases(lambda kind: kind.stateful and kind.learns, "keeps no state, or has no parameters")
 def test_the_gradient_crosses_calls_through_the_state(case):
     """Regime D in training: write the context in one call, take the loss on an answer in the next."""
     model = case.model().train()

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 import transformers
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from matrix import SEGMENT, TEXT, architectures, cases, near, params, tokens
+from matrix import LEARNS, SEGMENT, TEXT, architectures, cases, near, params, tokens
 from peft import LoraConfig, PeftModel, get_peft_model
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -49,7 +49,7 @@ def trainer(case, model, folder, **extra):
     )
 
 
-@cases()
+@cases(*LEARNS)
 def test_trainer_takes_three_steps_and_evaluates(case, tmp_path):
     model = case.model()
     before = {name: p.clone() for name, p in model.named_parameters()}
@@ -149,7 +149,7 @@ def bf16():
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
-@cases(lambda kind: kind.stateful, "keeps no state")
+@cases(lambda kind: kind.stateful and kind.learns, "keeps no state, or has no parameters")
 def test_accelerate_mixed_precision_keeps_the_state(case, bf16):
     model, ids = case.model().train(), tokens(2, TEXT)
     expected = model(ids).memory_state
@@ -177,7 +177,7 @@ def lora(model):
     return get_peft_model(model, config)
 
 
-@cases()
+@cases(*LEARNS)
 def test_peft_over_a_model_with_memory(case, tmp_path):
     model, ids = case.model(), tokens(2, TEXT)
     with torch.no_grad():

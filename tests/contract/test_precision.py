@@ -1,7 +1,7 @@
 """Contract 8: bf16 stays near float32, and memory itself is kept in float32."""
 
 import torch
-from matrix import TEXT, architectures, cases, llama, near, tokens
+from matrix import LEARNS, TEXT, architectures, cases, llama, near, tokens
 
 import memlayers as ml
 
@@ -63,7 +63,7 @@ def test_bf16_throughout_is_near_float32(case):
     near_float32(case, torch.nn.Module.bfloat16, torch.nn.Module.bfloat16)
 
 
-@cases()
+@cases(*LEARNS)
 def test_training_under_autocast(case):
     """Gradients of float32 parameters are float32, finite, and near those without autocast."""
     ids, results = case.tokens(2, TEXT), []

@@ -3,7 +3,7 @@
 import copy
 
 import torch
-from matrix import SEGMENT, TEXT, cases, near, same_state, tokens
+from matrix import LEARNS, SEGMENT, TEXT, cases, near, same_state, tokens
 from safetensors import safe_open
 
 import memlayers as ml
@@ -36,7 +36,7 @@ def test_each_call_without_a_state_starts_fresh(case):
         same_state(second.memory_state, first.memory_state, tolerance=0)
 
 
-@cases()
+@cases(*LEARNS)
 def test_forward_changes_no_parameter_or_buffer(case):
     model, ids = case.model(), tokens(2, TEXT)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
