@@ -166,7 +166,14 @@ def check_regime(model: PreTrainedModel, regime: str, loss: LossSection) -> None
         raise ConfigError(
             "data.regime: F is full attention, but a memory cuts attention to a window; use W or D"
         )
-    if loss.cycle > 0 and not any(memory.reads_back for memory in ml.memories(model).values()):
+    read_back = {name: memory for name, memory in ml.memories(model).items() if memory.reads_back}
+    decoders = [name for name, memory in read_back.items() if memory.config.backwards == "separate"]
+    if loss.cycle == 0 and decoders:
+        raise ConfigError(
+            f"loss.cycle: is 0, and nothing else teaches the decoder of memory {decoders[0]!r} (backwards: separate); "
+            "give it a weight, or set backwards: inverse"
+        )
+    if loss.cycle > 0 and not read_back:
         raise ConfigError(
             "loss.cycle: no memory of this model can be read back; attach one of type reversible, or set it to 0"
         )

@@ -46,3 +46,12 @@ def test_training_by_the_script_lowers_the_loss(fields, tmp_path):
     assert ids.shape == (1, 7) and mask.all()
     with pytest.raises(ConfigError, match=r"loss\.cycle: no memory of this model can be read back"):
         train(validate(TrainConfig, fields(loss={"cycle": 1.0}, output_dir=str(tmp_path / "no"))))
+
+
+def test_a_decoder_that_nothing_teaches_is_an_error(fields, tmp_path):
+    prose = tmp_path / "prose.txt"
+    prose.write_text("The sky is blue and the grass is green. " * 60)
+    past = {"type": "reversible", **FIELDS, "backwards": "separate"}
+    run = {"memories": {"past": past}, "data": {"type": "text", "files": [str(prose)], "length": 18}}
+    with pytest.raises(ConfigError, match=r"loss\.cycle: is 0, .* decoder of memory 'past'"):
+        train(validate(TrainConfig, fields(**run)))
