@@ -4,10 +4,11 @@
 
 A text of random tokens, each of an alphabet equally likely, cannot be guessed: every token of it that is recalled is
 worth log2(alphabet) bits. The alphabet is the tokens that spell the objects of the fictional facts, since a checkpoint
-has tokens that it never learned and cannot say. What a memory keeps for one text (its state; the table or the rows of a memory in parameters) is
-trained, on the frozen model, to predict the text; recalled are the tokens that are then the most likely ones behind
-those before them. Short and long texts are tried, and the most bits count. A reversible memory is read in two ways: by the
-base, as memory tokens are, and back by its own compressor, which must have learned other random texts first.
+has tokens that it never learned and cannot say. What a memory keeps for one text (its state; the table or the rows of a
+memory in parameters) is trained, on the frozen model, to predict the text; recalled are the tokens that are then the
+most likely ones behind those before them. Short and long texts are tried, and the most bits count. A reversible memory
+is read in two ways: by the base, as memory tokens are, and back by its own compressor, which must have learned other
+random texts first.
 
 This asks what a memory has room for on that model, not what a trained memory writes there by itself. The control
 `other text` reads another text with the same memory.
@@ -111,22 +112,16 @@ def one_text(
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         memory = ml.attach(base, ladder.of_size(size, text.shape[1] - 1), name=MEMORY)
-        if ladder.read_back is not None:
-            fit(base, memory, learned, ladder.read_back, seed)
-        kept = Kept(base, text, reads_back=ladder.read_back is not None)
-    try:
-        optimizer = torch.optim.AdamW(kept.tensors, lr=ladder.learning_rate, weight_decay=0.0)
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-        for _ in range(steps):
-            optimizer.zero_grad()
-            kept.loss(base, text)[0].backward()
-            optimizer.step()
-            schedule.step()
-        with torch.no_grad():
-            loss, recalled = kept.loss(base, text)
-            _, other_text = kept.loss(base, other)
-    finally:
-        ml.detach(base)
+        try:
+            if ladder.read_back is not None:
+                fit(base, memory, learned, ladder.read_back, seed)
+            kept = Kept(base, text, reads_back=ladder.read_back is not None)
+            kept.learn(base, text, steps, ladder.learning_rate)
+            with torch.no_grad():
+                loss, recalled = kept.loss(base, text)
+                _, other_text = kept.loss(base, other)
+        finally:
+            ml.detach(base)
     return {
         "bytes": kept.nbytes,
         "recalled": recalled,
@@ -171,6 +166,16 @@ class Kept:
             self.tensors = [self.memory.values]
         self.tensors = [tensor.requires_grad_() for tensor in self.tensors]
         self.nbytes = sum(tensor.nbytes for tensor in self.tensors)
+
+    def learn(self, model, text: torch.Tensor, steps: int, learning_rate: float) -> None:
+        """Train what is kept on `text` with AdamW, its rate on a cosine to 0."""
+        optimizer = torch.optim.AdamW(self.tensors, lr=learning_rate, weight_decay=0.0)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+        for _ in range(steps):
+            optimizer.zero_grad()
+            self.loss(model, text)[0].backward()
+            optimizer.step()
+            schedule.step()
 
     def loss(self, model, text: torch.Tensor) -> tuple[torch.Tensor, int]:
         """The mean loss (nats) of the tokens of `text` but the first among the words of the base, and how many are right."""
