@@ -248,9 +248,8 @@ def _new_mask(attention_mask: torch.Tensor | None, embeds: torch.Tensor) -> torc
 
 def _check_unpacked(position_ids: torch.Tensor | None, mask: torch.Tensor) -> None:
     """Positions are counted inside each segment; those of a caller only tell whether he packed several texts."""
-    if position_ids is None or position_ids.dim() != 2 or position_ids.shape[-1] != mask.shape[1]:
-        return
-    if mask.shape[1] == 1:
+    n_tokens = mask.shape[1]
+    if n_tokens == 1 or position_ids is None or position_ids.dim() != 2 or position_ids.shape[-1] != n_tokens:
         return
     goes_back = (position_ids.diff(dim=1) < 0) & mask[:, 1:] & mask[:, :-1]
     if goes_back.any():

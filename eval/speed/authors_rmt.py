@@ -16,6 +16,8 @@ from types import ModuleType
 from torch import nn
 from transformers import PreTrainedModel
 
+from memlayers.eval.speed.timing import module_of
+
 FILES = {"RMT": Path("modeling_rmt/language_modeling.py"), "ARMT": Path("modeling_amt/language_modeling.py")}
 
 
@@ -57,10 +59,7 @@ def _module(clone: Path, name: str) -> ModuleType:
     if importlib.util.find_spec("wandb") is None:
         sys.modules["wandb"] = ModuleType("wandb")
     try:
-        spec = importlib.util.spec_from_file_location(f"memlayers_bench_{name}", path)
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
+        return module_of(path)
     finally:
         if getattr(sys.modules.get("wandb"), "__file__", None) is None:
             sys.modules.pop("wandb", None)
-    return module

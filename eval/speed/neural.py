@@ -25,9 +25,6 @@ parameters, projections included, all arms in every round. Peers are set as near
 
 from __future__ import annotations
 
-import hashlib
-import importlib.util
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -36,7 +33,7 @@ from torch import nn
 
 import memlayers as ml
 from memlayers.eval.speed.chunk_memory import FLA, compare_core
-from memlayers.eval.speed.timing import installed, peak_memories, percentiles, time_rounds, where
+from memlayers.eval.speed.timing import compare, installed, module_of, version_of, where
 
 OURS = "memlayers"
 TITANS, TTT = "titans-pytorch", "ttt-lm TTTLinear"
@@ -104,10 +101,7 @@ class _TTTLinear(nn.Module):
 
     def __init__(self, path: Path, width: int, heads: int, chunk: int):
         super().__init__()
-        spec = importlib.util.spec_from_file_location("memlayers_bench_ttt_lm", path)
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[spec.name] = module  # its dataclasses look themselves up there
-        spec.loader.exec_module(module)
+        module = module_of(path)
         if not hasattr(module, "TTTLinear"):
             raise ValueError(f"{path} has no TTTLinear; give the ttt.py of ttt-lm-pytorch")
         config = module.TTTConfig(
@@ -138,18 +132,9 @@ def compare_layers(
         return once
 
     arms = {name: run(layer) for name, layer in layers(width, heads, chunk, device, ttt_lm).items()}
-    peaks = peak_memories(arms, device)
-    seconds = time_rounds(arms, rounds)
     there = {peer: ours for peer, ours in PEERS.items() if peer in arms}
-    return {
-        "work": f"width {width}, {heads} heads, chunks of {chunk}, {batch} × {length} tokens, forward and backward, "
-        "float32",
-        "rounds": rounds,
-        "ms": {name: percentiles(1e3 * found) for name, found in seconds.items()},
-        "times ours": {peer: percentiles(seconds[peer] / seconds[ours]) for peer, ours in there.items()},
-        "peak MB": {name: peak / 1e6 for name, peak in peaks.items()},
-        "peak over ours": {peer: peaks[peer] / peaks[ours] for peer, ours in there.items()},
-    }
+    work = f"width {width}, {heads} heads, chunks of {chunk}, {batch} × {length} tokens, forward and backward, float32"
+    return compare(arms, there, rounds, device, work)
 
 
 def benchmark(rounds: int = 20, device: str = "cpu", ttt_lm: Path | None = None) -> dict:
@@ -170,6 +155,5 @@ def benchmark(rounds: int = 20, device: str = "cpu", ttt_lm: Path | None = None)
     if ttt_lm is None:
         report["not installed"].append("ttt-lm-pytorch")
     else:
-        digest = hashlib.sha256(ttt_lm.read_bytes()).hexdigest()
-        report["versions"]["ttt-lm-pytorch"] = f"ttt.py, sha256 {digest[:12]}"
+        report["versions"]["ttt-lm-pytorch"] = f"ttt.py, {version_of(ttt_lm)}"
     return report

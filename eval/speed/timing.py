@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
+import importlib.util
 import itertools
 import json
 import os
 import platform
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import torch
@@ -74,6 +78,37 @@ def peak_memories(arms: Mapping[str, Callable[[], None]], device: str) -> dict[s
         arm()
         peaks[name] = peak_memory(arm, device)
     return peaks
+
+
+def compare(
+    arms: Mapping[str, Callable[[], None]], ours: Mapping[str, str], rounds: int, device: str, work: str
+) -> dict:
+    """A part of a report: milliseconds and peak memory of every arm, and how many times those of ours each peer takes,
+    in the same round. `ours`: each peer, and the arm of ours that does its work."""
+    peaks = peak_memories(arms, device)
+    seconds = time_rounds(arms, rounds)
+    return {
+        "work": work,
+        "rounds": rounds,
+        "ms": {name: percentiles(1e3 * found) for name, found in seconds.items()},
+        "times ours": {peer: percentiles(seconds[peer] / seconds[own]) for peer, own in ours.items()},
+        "peak MB": {name: peak / 1e6 for name, peak in peaks.items()},
+        "peak over ours": {peer: peaks[peer] / peaks[own] for peer, own in ours.items()},
+    }
+
+
+def module_of(path: Path) -> ModuleType:
+    """The Python file of a peer that is on no package index, imported."""
+    spec = importlib.util.spec_from_file_location(f"memlayers_bench_{path.parent.name}_{path.stem}", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # its dataclasses look themselves up there
+    spec.loader.exec_module(module)
+    return module
+
+
+def version_of(path: Path) -> str:
+    """What stands for the version of such a file."""
+    return f"sha256 {hashlib.sha256(path.read_bytes()).hexdigest()[:12]}"
 
 
 def installed(package: str) -> bool:

@@ -24,7 +24,6 @@ has no peer that we could run.
 from __future__ import annotations
 
 import copy
-import hashlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -36,7 +35,7 @@ from transformers import PreTrainedModel
 import memlayers as ml
 from memlayers.eval.speed import authors_rmt
 from memlayers.eval.speed.lora import generate, random_base, random_ids
-from memlayers.eval.speed.timing import peak_memories, percentiles, time_rounds, where
+from memlayers.eval.speed.timing import compare, version_of, where
 
 OURS, PEFT, AUTHORS, CHECKPOINTING = "memlayers", "PEFT", "the authors'", "checkpointing"
 
@@ -117,20 +116,10 @@ def beside_authors(models: tuple[nn.Module, nn.Module], ids: torch.Tensor) -> di
     return arms
 
 
-def compare(arms: dict[str, Callable], rounds: int, device: str, work: str) -> dict:
-    """Milliseconds, peaks, and how many times as long the others take as ours in the same round."""
-    peaks = peak_memories(arms, device)
-    seconds = time_rounds(arms, rounds)
+def compared(arms: dict[str, Callable], rounds: int, device: str, work: str) -> dict:
+    """Every arm beside that of ours that does the same, which has its name up to the colon."""
     ours = {name: f"{name.partition(':')[0]}: {OURS}" for name in arms}
-    others = {name: own for name, own in ours.items() if name != own}
-    return {
-        "work": work,
-        "rounds": rounds,
-        "ms": {name: percentiles(1e3 * found) for name, found in seconds.items()},
-        "times ours": {name: percentiles(seconds[name] / seconds[own]) for name, own in others.items()},
-        "peak MB": {name: peak / 1e6 for name, peak in peaks.items()},
-        "peak over ours": {name: peaks[name] / peaks[own] for name, own in others.items()},
-    }
+    return compare(arms, {name: own for name, own in ours.items() if name != own}, rounds, device, work)
 
 
 def compare_cartridges(
@@ -143,7 +132,7 @@ def compare_cartridges(
     checkpointing = copy.deepcopy(models[0]).train()
     checkpointing.gradient_checkpointing_enable()
     arms[f"train: {CHECKPOINTING}"] = train(checkpointing, ids)
-    return compare(
+    return compared(
         arms,
         rounds,
         device,
@@ -169,7 +158,7 @@ def compare_task_tokens(
     ids, prompt = random_ids(rows, length, device), random_ids(rows, asked, device)
     called = vocab_size + torch.arange(rows, device=device) % n_names
     ids[:, length // 2], prompt[:, -1] = called, called
-    return compare(
+    return compared(
         beside_peft(task_tokens(base, n_names), ids, prompt, new_tokens),
         rounds,
         device,
@@ -196,8 +185,8 @@ def compare_streams(
     tokens = beside_authors(recurrent(clone, base, n_tokens, segment_length), ids)
     matrices = beside_authors(associative(clone, base, n_tokens, segment_length, key_dim), ids)
     return {
-        "recurrent tokens": compare(tokens, rounds, device, work),
-        "associative": compare(matrices, rounds, device, f"{work}, keys of {key_dim}"),
+        "recurrent tokens": compared(tokens, rounds, device, work),
+        "associative": compared(matrices, rounds, device, f"{work}, keys of {key_dim}"),
     }
 
 
@@ -216,6 +205,5 @@ def benchmark(rounds: int = 20, device: str = "cpu", armt: Path | None = None) -
         "not installed": ["associative-recurrent-memory-transformer"] if armt is None else [],
     }
     for name, file in authors_rmt.FILES.items() if armt is not None else ():
-        digest = hashlib.sha256((armt / file).read_bytes()).hexdigest()
-        report["versions"][f"the authors' {name}"] = f"{file}, sha256 {digest[:12]}"
+        report["versions"][f"the authors' {name}"] = f"{file}, {version_of(armt / file)}"
     return report
