@@ -33,6 +33,8 @@ from tqdm.auto import tqdm
 from transformers import AutoTokenizer
 
 import memlayers as ml
+from memlayers.core.memory import StatefulMemory, fresh_state
+from memlayers.core.state import PENDING
 from memlayers.eval.bits_config import BitsConfig, Ladder
 from memlayers.eval.bits_report import markdown, picture
 from memlayers.eval.capacity import tokens_of_words
@@ -41,9 +43,6 @@ from memlayers.eval.reversible import fit
 from memlayers.eval.speed.timing import where
 from memlayers.eval.summary import reports_of_seeds
 from memlayers.files import write_text, write_whole
-from memlayers.reversible import ReversibleMemory
-from memlayers.segments import fresh_state
-from memlayers.task_tokens import TaskTokens
 from memlayers.yaml_config import load_yaml
 
 MEMORY = "held"
@@ -150,16 +149,12 @@ class Kept:
             parameter.requires_grad_(False)
             if not parameter.any():  # a projection that starts at zero lets nothing through
                 torch.nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
-        if isinstance(self.memory, ReversibleMemory):
-            state = ml.write(model, text[:, 1:])
-        else:
-            nothing_read = torch.empty(1, 0, model.config.hidden_size)
-            state = fresh_state({MEMORY: self.memory}, nothing_read).detach().clone()
-        if state[MEMORY]:
-            self.tensors = list(_trained(state[MEMORY]))
-            self.state, self.nbytes = state, state.nbytes
+        if isinstance(self.memory, StatefulMemory):
+            compressed = isinstance(self.memory, ml.ReversibleMemory)
+            self.state = ml.write(model, text[:, 1:]) if compressed else _nothing_read(model, self.memory)
+            self.tensors, self.nbytes = list(_trained(self.state[MEMORY])), self.state.nbytes
             return
-        if isinstance(self.memory, TaskTokens):
+        if isinstance(self.memory, ml.TaskTokens):
             self.prefix = self.memory.first_id + torch.arange(self.memory.rows.n_places)[None]
             self.tensors = list(self.memory.rows.input.values())
         else:
@@ -193,8 +188,18 @@ class Kept:
     def _given_back(self, model, text: torch.Tensor) -> torch.Tensor:
         """(length, vocabulary): the memory's own scores of the tokens of `text`, which it does not see."""
         length = text.shape[1] - 1
-        used = torch.arange(self.memory.segment_length)[None] < length
+        used = torch.arange(self.memory.schedule.reach)[None] < length
         return self.memory.scores(self.state[MEMORY]["compressed"], used, model)[0, :length]
+
+
+def _nothing_read(model, memory: StatefulMemory) -> ml.MemoryState:
+    """The state of one row before a text, as values of its own."""
+    nothing = {
+        "embeds": torch.zeros(1, 0, model.config.hidden_size),
+        "length": torch.zeros(1, dtype=torch.int64),
+    }
+    pending = {PENDING: nothing} if memory.schedule.kv == "drop" else {}
+    return fresh_state({MEMORY: memory}, 1, pending).detach().clone()
 
 
 def _trained(fields: dict[str, torch.Tensor]) -> Iterator[torch.Tensor]:

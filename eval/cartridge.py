@@ -34,11 +34,11 @@ from transformers import AutoTokenizer
 
 import memlayers as ml
 from memlayers.config import ConfigError, Strict
+from memlayers.core.model import max_positions
 from memlayers.eval import cartridge_report
 from memlayers.eval.models import load_plain
 from memlayers.eval.speed.timing import where
 from memlayers.files import write_text
-from memlayers.model import max_positions
 from memlayers.writing import DistillSection, WriterSection, of_teacher
 from memlayers.yaml_config import load_yaml
 

@@ -18,7 +18,7 @@ from scipy import stats
 
 import memlayers as ml
 from memlayers.config import Strict
-from memlayers.model import max_positions, windowed
+from memlayers.core.model import max_positions, reach
 from memlayers.tasks.filler import TRAIN_SHARE, split_sentences
 
 ARMS = {"base": ("base", "base_cut"), "untrained": ("untrained",), "trained": ("memory_off", "trained")}
@@ -70,7 +70,7 @@ def measure(
     model.eval()
     for arm in ARMS[stage]:
         cut = arm in ("base_cut", "memory_off")
-        if not cut and not windowed(model) and limit is not None and length > limit:
+        if not cut and reach(model) is None and limit is not None and length > limit:
             cells[arm] = {"not_run": f"{length} tokens are more than the model's {limit} positions"}
             continue
         means = []

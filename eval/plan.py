@@ -6,10 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import memlayers as ml
+from memlayers.core.model import max_positions, reach, stateful
 from memlayers.eval.config import EvalConfig
 from memlayers.eval.regimes import Asker, Predictions
 from memlayers.eval.suites import Items
-from memlayers.model import max_positions, stateful, windowed
 
 STATE_CONTROLS = ("shuffled_memory", "zeroed_memory")
 
@@ -63,7 +63,7 @@ class Plan:
     ) -> None:
         self.config, self.window, self.missing = config, window, missing
         self.positions, self.remembers = max_positions(trained), bool(stateful(trained))
-        self.windowed = windowed(trained)
+        self.windowed = reach(trained) is not None
         self.reach = ml.window(trained)
         self.jobs: list[Job] = []
         self.skipped: list[Skipped] = []

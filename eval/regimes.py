@@ -15,7 +15,7 @@ import torch
 from transformers import GenerationConfig
 
 import memlayers as ml
-from memlayers.model import max_positions
+from memlayers.core.model import max_positions
 from memlayers.tasks import Question, Sample
 
 Predictions = list[list[str]]  # one list a haystack, one text a question

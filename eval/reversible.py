@@ -123,7 +123,7 @@ def measure(config: ReversibleEvalConfig, seed: int, progress: bool = False) -> 
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             memory = ml.attach(base, memory_config, name=MEMORY)
-        text = texts(config, tokenizer, memory.segment_length)
+        text = texts(config, tokenizer, memory.schedule.reach)
         cell, row = measure_arm(base, memory, *text, config, seed, name if progress else None)
         report["arms"][name] = cell
         rows.append({"arm": name, **row})
@@ -153,7 +153,7 @@ def measure_arm(base, memory, seen, unseen, config: ReversibleEvalConfig, seed: 
     right = right_tokens(base, memory, unseen)
     frequent = seen.bincount().argmax()
     cell = {
-        "ratio": memory.segment_length / memory.config.n_tokens,
+        "ratio": memory.schedule.reach / memory.config.n_tokens,
         "parameters": sum(p.numel() for p in memory.compressor.parameters()),
         "train_loss": loss,
         **share(right, unseen.shape[1], seed),
@@ -172,11 +172,11 @@ def fit(base, memory, seen: torch.Tensor, config: CycleTraining, seed: int, bar:
     optimizer = torch.optim.AdamW(memory.parameters(), lr=config.learning_rate, betas=(0.9, 0.95))
     schedule = get_cosine_schedule_with_warmup(optimizer, config.steps // 10, config.steps)
     generator, losses = torch.Generator().manual_seed(seed), []
-    span = torch.arange(memory.segment_length)
+    span = torch.arange(memory.schedule.reach)
     for _ in tqdm(range(config.steps), desc=f"seed {seed}, {bar}", disable=bar is None, mininterval=10):
         starts = torch.randint(len(seen) - len(span) + 1, (config.batch_size, 1), generator=generator)
         ids = seen[starts + span]
-        loss = memory.cycle_loss(base, ids, torch.ones_like(ids, dtype=torch.bool))
+        loss = memory.extra_loss(base, ids, torch.ones_like(ids, dtype=torch.bool))
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(memory.parameters(), 1.0)
@@ -190,7 +190,8 @@ def fit(base, memory, seen: torch.Tensor, config: CycleTraining, seed: int, bar:
 def right_tokens(model, memory, segments: torch.Tensor, shift: int = 0) -> torch.Tensor:
     """How many tokens of each segment (n, length) come back, (n,); `shift`: each from the memory of another segment."""
     mask = torch.ones_like(segments, dtype=torch.bool)
-    state = memory.update(memory.new_state(len(segments)), model.get_input_embeddings()(segments), mask)
+    embeds = model.get_input_embeddings()(segments)
+    state = memory.update(memory.new_state(len(segments)), None, embeds, mask)
     said, _ = memory.read_back(model, {name: x.roll(shift, 0) for name, x in state.items()})
     return (said == segments).sum(1)
 
@@ -207,7 +208,7 @@ def share(right: torch.Tensor, length: int, seed: int) -> dict:
 @torch.no_grad()
 def continuation(model, tokenizer, config: ReversibleEvalConfig, seed: int) -> tuple[dict, dict]:
     """What a checkpoint gives back, and the perplexity of what follows on it, by what stands before."""
-    found = {name: memory for name, memory in ml.memories(model).items() if memory.reads_back}
+    found = {n: m for n, m in ml.memories(model).items() if isinstance(m, ml.ReversibleMemory)}
     if len(found) != 1:
         raise ValueError(f"checkpoint: needs one reversible memory, found {sorted(found) or 'none'}")
     (name, memory), window = *found.items(), ml.window(model)

@@ -16,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 import memlayers as ml
 from memlayers.config import ConfigError, Strict, validate
+from memlayers.core.model import max_positions
 from memlayers.eval import perplexity
 from memlayers.eval.config import (
     ARMS,
@@ -34,7 +35,6 @@ from memlayers.eval.suites import Items, make_items
 from memlayers.eval.suites.facts import FactsSuite
 from memlayers.eval.suites.mqar import MqarSuite
 from memlayers.eval.suites.scoring import exact, substring
-from memlayers.model import max_positions
 
 STAGES = ("trained", "base", "untrained")
 

@@ -2,8 +2,6 @@
 
 from pathlib import Path as _Path
 
-__version__ = "0.1.0"
-
 # In a checkout, `kernels`, `train`, `eval` and `configs` lie beside this package; in the wheel, inside.
 # Either way they are memlayers.kernels, memlayers.train and so on. The guard matters: without it an installed
 # package would search the top of site-packages, where `kernels` is Hugging Face's.
@@ -16,6 +14,9 @@ from .attach import attach, detach, disabled  # noqa: E402
 from .cartridge import Cartridge, CartridgeConfig  # noqa: E402
 from .checkpoint import load, save  # noqa: E402
 from .config import ConfigError, MemoryConfig  # noqa: E402
+from .core.memory import Memory  # noqa: E402
+from .core.model import memories, memory_parameters, window  # noqa: E402
+from .core.state import MemoryCache, MemoryState  # noqa: E402
 from .kinds import parse_memory_config  # noqa: E402
 from .lora import (  # noqa: E402
     BankLocked,
@@ -25,8 +26,6 @@ from .lora import (  # noqa: E402
     LoRAMemoryConfig,
     write_pairs,
 )
-from .memory import Memory  # noqa: E402
-from .model import memories, memory_parameters, window  # noqa: E402
 from .neural import NeuralMemories, NeuralMemory, NeuralMemoryConfig  # noqa: E402
 from .optim import RowSparseAdamW  # noqa: E402
 from .product_key import ProductKeyMemories, ProductKeyMemory, ProductKeyMemoryConfig  # noqa: E402
@@ -36,10 +35,10 @@ from .reversible import (  # noqa: E402
     ReversibleMemoryConfig,
     read_back,
 )
-from .state import MemoryCache, MemoryState  # noqa: E402
-from .stream import write  # noqa: E402
 from .task_tokens import TaskTokens, TaskTokensConfig  # noqa: E402
 from .tokens import MemoryTokens, MemoryTokensConfig  # noqa: E402
+from .version import __version__  # noqa: E402
+from .write import write  # noqa: E402
 
 __all__ = [
     "AssociativeMemory",

@@ -1,40 +1,60 @@
 """Putting memories into a Hugging Face model and taking them out again.
 
 The model object stays what it was: its class, parameter names and tensors do not change. It gains one child
-module, `memlayers`, that holds the memories, and three of its methods are covered by functions on the
-instance: `forward` of the model (takes and returns a state), `forward` of its decoder (reads in segments)
-and `prepare_inputs_for_generation` (tells prompt from generated tokens). `detach` removes all of it.
+module, `memlayers`, that holds the memories, and functions that stand over methods of its instance: see
+`memlayers.core.methods`. `detach` removes all of it.
 """
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterable
+import uuid
 from typing import TYPE_CHECKING
 
 from torch import nn
 
 from .config import ConfigError, MemoryConfig
-from .forward import cover, uncover
+from .core.memory import Memory, StatefulMemory
+from .core.methods import override_methods
+from .core.model import (
+    ROOT,
+    Memories,
+    base_parameters,
+    check_present,
+    decoder_of,
+    device_of,
+    disabled,
+    max_positions,
+    memories,
+    unwrap,
+)
+from .core.probe import probe
+from .core.snapshot import Snapshot
+from .core.state import PENDING
 from .kinds import module_class
-from .memory import Memory
-from .model import ROOT, Memories, bare, base_parameters, decoder_of, max_positions, memories
-from .state import PENDING
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+__all__ = ["attach", "detach", "disabled"]
+
 
 def attach(
-    model: PreTrainedModel, config: MemoryConfig, name: str | None = None, *, freeze_base: bool = True
+    model: PreTrainedModel,
+    config: MemoryConfig,
+    name: str | None = None,
+    *,
+    freeze_base: bool = True,
+    try_it: bool = True,
 ) -> Memory:
-    """Put a memory into `model`, in place.
+    """Put a memory into `model`, in place. Where it raises, the model is bit for bit what it was.
 
     Args:
         model: a decoder-only model with its language-model head.
         config: which kind, and its fields.
         name: what to call it; the kind's `type` by default. Letters, digits, `_` and `-`.
         freeze_base: stop the gradient of the base parameters (with the first memory); `detach` undoes it.
+        try_it: run a few tokens through the model to see that the memory is read, written and decoded with; what was
+            tried once on an architecture is not tried again in this process.
 
     Returns:
         The memory, a trainable `nn.Module` on the model's device, in float32.
@@ -42,28 +62,25 @@ def attach(
     Raises:
         TypeError: not a Hugging Face decoder-only model, or not a memory config.
         ValueError: the name is taken or not usable.
-        ConfigError: the config does not fit this model; names the field.
+        ConfigError: the config does not fit this model, names the field; or the memory does not work in this
+            architecture, says what was missing.
     """
-    kind, model = module_class(config), bare(model)
-    decoder = decoder_of(model)
+    kind, model = module_class(config), unwrap(model)
+    decoder_of(model)
     name = config.type if name is None else name
     _check_name(model, name)
-    memory = kind.for_model(config, model)
-    _check_reading(model, name, memory)
-    if memory.segment_length is not None:
-        _check_segments(model, name, memory)
-    memory.to(model.get_input_embeddings().weight.device)
-    if not memories(model):
-        model.add_module(ROOT, Memories())
-        cover(model, decoder)
-        root = getattr(model, ROOT)
-        for parameter_name, parameter in base_parameters(model):
-            root.base_requires_grad[parameter_name] = parameter.requires_grad
-            if freeze_base:
-                parameter.requires_grad_(False)
-    root = getattr(model, ROOT)
-    root[name] = memory
-    root.handles[name] = memory.install(model)
+    before = Snapshot(model)
+    try:
+        memory = kind.for_model(config, model)
+        if isinstance(memory, StatefulMemory):
+            _check_schedule(model, name, memory)
+            _check_positions(model, name, memory)
+        _put(model, memory.to(device_of(model)), name, freeze_base)
+        if try_it:
+            probe(model, name)
+    except BaseException:
+        before.restore()
+        raise
     return memory
 
 
@@ -74,45 +91,34 @@ def detach(model: PreTrainedModel, name: str | None = None) -> PreTrainedModel:
         KeyError: no memory of that name.
     """
     present = memories(model)
-    _check_present(present, [] if name is None else [name])
-    wrapper, model = model, bare(model)
+    check_present(present, [] if name is None else [name])
+    wrapper, model = model, unwrap(model)
     root = getattr(model, ROOT, None)
     for each in [name] if name is not None else list(present):
-        for handle in root.handles.pop(each):
+        for handle in root.handles.pop(each)[::-1]:
             handle.remove()
         del root[each]
     if root is not None and not len(root):
+        for hook in root.hooks[::-1]:
+            hook.remove()
         for parameter_name, parameter in base_parameters(model):
             parameter.requires_grad_(root.base_requires_grad.get(parameter_name, parameter.requires_grad))
         delattr(model, ROOT)
-        uncover(model, decoder_of(model))
     return wrapper
 
 
-@contextlib.contextmanager
-def disabled(model: nn.Module, *names: str):
-    """Run the model without the named memories, or without any when none is named.
-
-    Raises:
-        KeyError: no memory of that name.
-    """
-    present = memories(model)
-    _check_present(present, names)
-    chosen = [present[name] for name in names or present]
-    before = [memory.enabled for memory in chosen]
-    for memory in chosen:
-        memory.enabled = False
-    try:
-        yield model
-    finally:
-        for memory, enabled in zip(chosen, before, strict=True):
-            memory.enabled = enabled
-
-
-def _check_present(present: dict[str, Memory], names: Iterable[str]) -> None:
-    for name in names:
-        if name not in present:
-            raise KeyError(f"no memory named {name!r} in this model; it has {sorted(present) or 'none'}")
+def _put(model: nn.Module, memory: Memory, name: str, freeze_base: bool) -> None:
+    if not hasattr(model, ROOT):
+        root = Memories(key=uuid.uuid4().hex)
+        model.add_module(ROOT, root)
+        for parameter_name, parameter in base_parameters(model):
+            root.base_requires_grad[parameter_name] = parameter.requires_grad
+            if freeze_base:
+                parameter.requires_grad_(False)
+        override_methods(model, root)
+    root = getattr(model, ROOT)
+    root[name] = memory
+    root.handles[name] = memory.install(model)
 
 
 def _check_name(model: nn.Module, name: str) -> None:
@@ -124,46 +130,45 @@ def _check_name(model: nn.Module, name: str) -> None:
         raise ValueError(f"{name!r} cannot name a memory: use letters, digits, '_' and '-', not {PENDING!r}")
 
 
-def _check_reading(model: PreTrainedModel, name: str, memory: Memory) -> None:
-    """Memories of one model either all read in segments or all stream, in one sliding window; those that are written by
-    gradient steps stand beside their like."""
+def _check_schedule(model: PreTrainedModel, name: str, memory: StatefulMemory) -> None:
+    """Memories of one model are written alike, by reading or by gradient steps, and share one schedule."""
     for other_name, other in memories(model).items():
+        if not isinstance(other, StatefulMemory):
+            continue
         both = [(name, memory), (other_name, other)]
-        if memory.by_gradient != other.by_gradient and memory.keeps_state and other.keeps_state:
-            taught = next(n for n, m in both if m.by_gradient)
+        if (memory.gradient_writer is None) != (other.gradient_writer is None):
+            taught = next(n for n, m in both if m.gradient_writer is not None)
             raise ConfigError(
                 f"{name}: memory {taught!r} is written by gradient steps and cannot stand beside one that is written "
                 "by reading; detach one of them"
             )
-        streams = [n for n, m in both if m.streams]
-        segments = [n for n, m in both if m.segment_length is not None]
-        if streams and segments:
+        mine, theirs = memory.schedule, other.schedule
+        if (mine.kv == "drop") != (theirs.kv == "drop"):
+            streams, segments = sorted(both, key=lambda item: item[1].schedule.kv == "drop")
             raise ConfigError(
                 f"{name}: memory {streams[0]!r} changes with every token, memory {segments[0]!r} reads in segments; "
                 "one model cannot do both. Give the first placement mac and the same segment_length"
             )
-        if memory.streams and other.streams and memory.sliding_window != other.sliding_window:
+        if mine.reach != theirs.reach:
+            field, of = ("segment_length", "memories of one model read the same segments")
+            if mine.kv != "drop":
+                field, of = ("sliding_window", "attention of one model has one window")
             raise ConfigError(
-                f"{name}.sliding_window: {memory.sliding_window} differs from {other.sliding_window} of memory "
-                f"{other_name!r}; attention of one model has one window"
+                f"{name}.{field}: {mine.reach} differs from {theirs.reach} of memory {other_name!r}; {of}"
             )
 
 
-def _check_segments(model: PreTrainedModel, name: str, memory: Memory) -> None:
-    for other_name, other in memories(model).items():
-        if other.segment_length not in (None, memory.segment_length):
-            raise ConfigError(
-                f"{name}.segment_length: {memory.segment_length} differs from {other.segment_length} of memory "
-                f"{other_name!r}; memories of one model read the same segments"
-            )
-    limit, need = max_positions(model), memory.segment_length + memory.n_extra_tokens
-    if limit is not None and memory.n_extra_tokens >= limit:
+def _check_positions(model: PreTrainedModel, name: str, memory: StatefulMemory) -> None:
+    limit, reach = max_positions(model), memory.schedule.reach
+    if limit is None or memory.schedule.kv != "drop":
+        return
+    if memory.n_extra_tokens >= limit:
         raise ConfigError(
             f"{name}.n_tokens: {memory.config.n_tokens} memory tokens take {memory.n_extra_tokens} places in a segment, the "
             f"model has {limit} positions; none is left to the text"
         )
-    if limit is not None and need > limit:
+    if reach + memory.n_extra_tokens > limit:
         raise ConfigError(
-            f"{name}.segment_length: a segment of {memory.segment_length} tokens and its memory tokens take "
-            f"{need} positions, the model has {limit}"
+            f"{name}.segment_length: a segment of {reach} tokens and its memory tokens take "
+            f"{reach + memory.n_extra_tokens} positions, the model has {limit}"
         )

@@ -20,9 +20,10 @@ from safetensors.torch import load_file
 
 from .attach import attach, detach
 from .config import ConfigError
+from .core.model import memories, memory_parameters, unwrap
 from .files import make_folder, write_tensors, write_text
 from .kinds import parse_memory_config
-from .model import bare, memories, memory_parameters
+from .version import __version__
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -42,7 +43,7 @@ def save(model: PreTrainedModel, folder: str | Path, *, save_base: bool = False)
         NotADirectoryError: a file stands at `folder`.
         ValueError: the model has no memory.
     """
-    model = bare(model)
+    model = unwrap(model)
     folder, present = Path(folder), memories(model)
     if not present:
         raise ValueError("this model has no memory to save; attach one first")
@@ -244,8 +245,6 @@ def _load_lora(model: PreTrainedModel, folder: Path) -> None:
 
 
 def _version() -> str:
-    from . import __version__
-
     return __version__
 
 

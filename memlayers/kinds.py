@@ -10,8 +10,8 @@ import pydantic
 from .associative import AssociativeMemory, AssociativeMemoryConfig
 from .cartridge import Cartridge, CartridgeConfig
 from .config import ConfigError, MemoryConfig, validate
+from .core.memory import Memory
 from .lora import LoRAMemories, LoRAMemoryConfig
-from .memory import Memory
 from .neural import NeuralMemories, NeuralMemoryConfig
 from .product_key import ProductKeyMemories, ProductKeyMemoryConfig
 from .reversible import ReversibleMemory, ReversibleMemoryConfig

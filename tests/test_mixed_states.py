@@ -7,13 +7,13 @@ import memlayers as ml
 
 STEPS = {"steps": 1, "segment_length": SEGMENT}
 VARIANTS = {
-    "MemoryTokens in mode recurrent or accumulate": ml.MemoryTokensConfig(n_tokens=2, segment_length=SEGMENT),
-    "MemoryTokens in mode prefix": ml.MemoryTokensConfig(n_tokens=2, segment_length=SEGMENT, mode="prefix"),
-    "Cartridge": ml.CartridgeConfig(n_tokens=2, writer=STEPS),
-    "LoRAMemories": ml.LoRAMemoryConfig(r=2, writer=STEPS),
-    "AssociativeMemory": ml.AssociativeMemoryConfig(n_tokens=2, segment_length=SEGMENT, key_dim=8),
-    "ReversibleMemory": ml.ReversibleMemoryConfig(n_tokens=1, ratios=[SEGMENT], heads=4, depth=2),
-    "NeuralMemories": ml.NeuralMemoryConfig(layers=[0], heads=2, chunk_size=4),
+    "tokens in mode recurrent": ml.MemoryTokensConfig(n_tokens=2, segment_length=SEGMENT),
+    "tokens in mode prefix": ml.MemoryTokensConfig(n_tokens=2, segment_length=SEGMENT, mode="prefix"),
+    "cartridge": ml.CartridgeConfig(n_tokens=2, writer=STEPS),
+    "lora": ml.LoRAMemoryConfig(r=2, writer=STEPS),
+    "associative": ml.AssociativeMemoryConfig(n_tokens=2, segment_length=SEGMENT, key_dim=8),
+    "reversible": ml.ReversibleMemoryConfig(n_tokens=1, ratios=[SEGMENT], heads=4, depth=2),
+    "neural": ml.NeuralMemoryConfig(layers=[0], heads=2, chunk_size=4),
 }
 
 
@@ -35,17 +35,21 @@ def test_a_state_of_another_variant(wrote):
             lambda m: m(tokens(1, 4), memory_state=state),
             lambda m: ml.write(m, tokens(1, 4), state),
         ):
-            with pytest.raises(ValueError, match=says("'notes'", f"one of {wrote}", f"'notes' is {reads}")):
+            with pytest.raises(ValueError, match=says("'notes'", f"one of kind {wrote}", f"'notes' is of kind {reads}")):
                 call(model)
 
 
 def test_what_accumulated_is_not_recurrent():
-    """They look alike, and are told by their slots, unless one segment alone was written."""
-    config = VARIANTS["MemoryTokens in mode recurrent or accumulate"]
+    """They look alike. The state says of which kind it is; one that does not is told by its slots."""
+    config = VARIANTS["tokens in mode recurrent"]
     many = ml.MemoryTokensConfig(**{**config.model_dump(), "mode": "accumulate"})
     state = ml.write(wrapped(many), tokens(1, 2 * SEGMENT))
-    with pytest.raises(ValueError, match=says("'notes'", "4 slots", "2 tokens in mode 'recurrent'")):
-        wrapped(config)(tokens(1, 4), memory_state=state)
+    for given, said in [
+        (state, ("kind tokens in mode accumulate", "kind tokens in mode recurrent")),
+        (ml.MemoryState(state.fields), ("4 slots", "2 tokens in mode 'recurrent'")),
+    ]:
+        with pytest.raises(ValueError, match=says("'notes'", *said)):
+            wrapped(config)(tokens(1, 4), memory_state=given)
 
 
 def test_a_learned_cartridge_takes_what_a_prompt_wrote():
@@ -56,7 +60,7 @@ def test_a_learned_cartridge_takes_what_a_prompt_wrote():
 
 
 def test_a_state_without_its_open_segment():
-    model = wrapped(VARIANTS["MemoryTokens in mode prefix"])
+    model = wrapped(VARIANTS["tokens in mode prefix"])
     state = ml.MemoryState({"notes": ml.write(model, tokens(1, 7))["notes"]})
     with pytest.raises(ValueError, match=says("no 'pending'", "['notes']", "whole state")):
         model(tokens(1, 4), memory_state=state)

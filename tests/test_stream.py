@@ -9,9 +9,9 @@ import torch
 from matrix import ARCHITECTURES, SEGMENT, TEXT, Case, Kind, cases, llama, near, pad, same_state, tokens
 
 import memlayers as ml
-from memlayers import stream
+from memlayers.write import SEGMENTS_PER_CALL
 
-LONG = 2 * stream.SEGMENTS_PER_CALL * SEGMENT + 3 * SEGMENT + 2  # more than two calls of the decoder
+LONG = 2 * SEGMENTS_PER_CALL * SEGMENT + 3 * SEGMENT + 2  # more than two calls of the decoder
 
 
 def steady(kind="recurrent"):
@@ -48,7 +48,7 @@ def test_pieces_equal_the_whole(cuts, close):
 def test_rows_of_different_length_over_several_calls(kind, side, close):
     """Some rows end calls before others: each is left as it would be alone, open segment included."""
     model = steady(kind)
-    call = stream.SEGMENTS_PER_CALL * SEGMENT
+    call = SEGMENTS_PER_CALL * SEGMENT
     rows = [tokens(1, n, seed=n)[0] for n in (LONG, 3, call, call + 2, 2 * call, SEGMENT)]
     ids, mask = pad(rows, side)
     state = ml.write(model, ids, attention_mask=mask, close=close)

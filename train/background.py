@@ -92,7 +92,8 @@ def divergence(model: nn.Module, batch: Batch, base: nn.Module | None = None) ->
     with torch.no_grad(), ml.disabled(base):
         expected = base(**inputs).logits.float().log_softmax(-1)
     model.train(training)
-    ours = model(**inputs).logits.float().log_softmax(-1)[..., : expected.shape[-1]]  # less task tokens
+    # Less the tokens that memories add.
+    ours = model(**inputs).logits.float().log_softmax(-1)[..., : expected.shape[-1]]
     each = F.kl_div(ours, expected, reduction="none", log_target=True).sum(-1)
     real = batch.parts > 0
     return ((each * real).sum(1) / real.sum(1)).mean()

@@ -99,8 +99,8 @@ class LossSection(Strict):
         answer: answer tokens.
         rest: the other tokens of question and answer.
         context: tokens of the context (in regime D it costs the logits of the whole context).
-        cycle: tokens of what is written (in regime D the context, else all), read back from memory; for memories
-            that can be read back, such as `reversible`.
+        cycle: what is written (in regime D the context, else all), by a loss that a memory has of its own, such as that
+            of reading it back.
     """
 
     answer: float = Field(1.0, ge=0)
@@ -175,7 +175,7 @@ class TrainConfig(Strict):
     Attributes:
         model: what is trained.
         memories: name → config of every memory to attach; empty for a baseline with full attention.
-        train_what: parameters that learn; `values` are the value tables of product-key memories alone.
+        train_what: parameters that learn; `values` are the memories' tables alone.
         lora: PEFT LoRA on the base; needed for `memory_and_lora`, else left out.
         data, loss, curriculum, optimizer, schedule: see the sections.
         sparse_finetuning: which slots may change; None: all that are read.

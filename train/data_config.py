@@ -106,8 +106,8 @@ class FactsData(Strict):
 
 
 class ProceduresData(Strict):
-    """Uses of new procedures (`memlayers.tasks.procedures`), each to be called by its task token: the name and symbols,
-    then the token and the answer. The memory of task tokens has the names.
+    """Uses of new procedures (`memlayers.tasks.procedures`), each to be called by a token of its own: the name and
+    symbols, then the token and the answer. A memory that adds tokens, such as `task_tokens`, has the names.
 
     Attributes:
         procedures: the words, orders and maps of the base; equal to what is in its procedures.json.

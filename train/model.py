@@ -16,16 +16,16 @@ from transformers import (
 import memlayers as ml
 from memlayers.checkpoint import CONFIG
 from memlayers.config import ConfigError
-from memlayers.model import by_gradient, stateful, windowed
-from memlayers.task_tokens import task_tokens
+from memlayers.core.model import reach, stateful, written_by_gradient
 
 from .config import LossSection, ModelSection, TrainConfig
+from .kinds import does, that_do
 from .optimizers import choose_parameters
 
 
 def build_model(config: TrainConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The model with its memories attached and `requires_grad` set, in train mode, and its tokenizer, which knows the
-    model's task tokens.
+    tokens that memories add.
 
     Raises:
         ConfigError: a memory, regime or LoRA that does not fit the model; names the field.
@@ -44,16 +44,15 @@ def build_model(config: TrainConfig) -> tuple[PreTrainedModel, PreTrainedTokeniz
             ml.attach(model, memory, name)
         except ConfigError as error:
             raise ConfigError(f"memories.{error}") from None
-    for name, memory in task_tokens(model).items():
+    for name, memory in ml.memories(model).items():
         try:
             if name in config.memories:  # not where it came with the checkpoint, and has learned
                 memory.start_from_texts_(tokenizer)
+            memory.add_to_tokenizer(tokenizer)
         except ConfigError as error:
             raise ConfigError(f"memories.{name}.{error}") from None
-        try:
-            memory.add_to_tokenizer(tokenizer)
         except ValueError as error:
-            raise ConfigError(f"memories.{name}.names: {error}") from None
+            raise ConfigError(f"memories.{name}: {error}") from None
     choose_parameters(model, config.train_what)
     if config.gradient_checkpointing != "none":
         reentrant = config.gradient_checkpointing == "reentrant"
@@ -65,7 +64,7 @@ def build_model(config: TrainConfig) -> tuple[PreTrainedModel, PreTrainedTokeniz
 
 def segment_length(model: PreTrainedModel) -> int | None:
     """Tokens a segment of the wrapped model has, or its sliding window; None where no memory gives it either."""
-    return ml.window(model) if windowed(model) else None
+    return reach(model)
 
 
 def save_model(
@@ -162,22 +161,19 @@ def check_regime(model: PreTrainedModel, regime: str, loss: LossSection) -> None
         raise ConfigError(
             "data.regime: D asks with memory alone, but this model has no memory that reads; use F"
         )
-    if regime == "F" and windowed(model):
+    if regime == "F" and reach(model) is not None:
         raise ConfigError(
             "data.regime: F is full attention, but a memory cuts attention to a window; use W or D"
         )
-    read_back = {name: memory for name, memory in ml.memories(model).items() if memory.reads_back}
-    decoders = [name for name, memory in read_back.items() if memory.config.backwards == "separate"]
-    if loss.cycle == 0 and decoders:
+    for name, memory in ml.memories(model).items():
+        if told := memory.check_extra_loss(loss.cycle):
+            raise ConfigError(f"loss.cycle: {told.format(name=name)}")
+    if loss.cycle > 0 and not any(does(memory, "extra_loss") for memory in ml.memories(model).values()):
         raise ConfigError(
-            f"loss.cycle: is 0, and nothing else teaches the decoder of memory {decoders[0]!r} (backwards: separate); "
-            "give it a weight, or set backwards: inverse"
+            "loss.cycle: no memory of this model can be read back or has another loss of its own; attach one of type "
+            f"{that_do('extra_loss')}, or set it to 0"
         )
-    if loss.cycle > 0 and not read_back:
-        raise ConfigError(
-            "loss.cycle: no memory of this model can be read back; attach one of type reversible, or set it to 0"
-        )
-    if regime == "D" and loss.context > 0 and by_gradient(model):
+    if regime == "D" and loss.context > 0 and written_by_gradient(model):
         raise ConfigError(
             "loss.context: this memory writes the context by gradient steps of its own, which have no loss outside; "
             "set it to 0"

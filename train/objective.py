@@ -6,8 +6,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from memlayers.model import by_gradient, memories
-from memlayers.stream import write
+from memlayers.core.model import memories, written_by_gradient
+from memlayers.write import write
 
 from .background import Background, divergence
 from .data import ANSWER, CONTEXT, Batch
@@ -24,7 +24,7 @@ class Objective(nn.Module):
         weights: (part, weight) pairs of the loss, see `data.loss_weights`.
         by_item: count an item as right when all its answer tokens are the most likely ones; else count tokens.
         background: what else is to stay as the base has it, where a run has such a section.
-        cycle: weight of the loss of what is written when it is read back, over all memories that can be.
+        cycle: weight of the losses that memories have of their own for what is written, such as of reading it back.
     """
 
     def __init__(
@@ -68,21 +68,21 @@ class Objective(nn.Module):
             far = divergence(self.model, background, self.background.base)
             loss = loss + self.background.weight * far
         if self.cycle > 0:
-            loss = loss + self.cycle * self._cycle_loss(batch)
+            loss = loss + self.cycle * self._extra_loss(batch)
         return loss, self._accuracy(logits.detach(), targets, parts)
 
-    def _cycle_loss(self, batch: Batch) -> torch.Tensor:
-        """The sum over the memories that can be read back."""
+    def _extra_loss(self, batch: Batch) -> torch.Tensor:
+        """The sum over the memories that have one."""
         ids, mask = batch.input_ids, batch.attention_mask
         if batch.context_ids is not None:
             ids, mask = batch.context_ids, batch.context_mask
         mask = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
-        found = [memory for memory in memories(self.model).values() if memory.reads_back]
-        return sum(memory.cycle_loss(self.model, ids, mask) for memory in found)
+        losses = [memory.extra_loss(self.model, ids, mask) for memory in memories(self.model).values()]
+        return sum(loss for loss in losses if loss is not None)
 
     def _write(self, batch: Batch):
         """The state after the context, and the context's own loss if it has a weight."""
-        if by_gradient(self.model):
+        if written_by_gradient(self.model):
             options = {"attention_mask": batch.context_mask, "differentiable": torch.is_grad_enabled()}
             return 0.0, write(self.model, batch.context_ids, **options)
         output = self.model(

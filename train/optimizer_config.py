@@ -10,7 +10,7 @@ from memlayers.config import Strict
 
 
 class ValuesSection(Strict):
-    """A `RowSparseAdamW` for the value tables of product-key memories: a step costs what the rows that were read
+    """A `RowSparseAdamW` for the memories' value tables: a step costs what the rows that were read
     cost, see `memlayers.optim`.
 
     Attributes:
@@ -40,8 +40,8 @@ class OptimizerSection(Strict):
         betas: AdamW's two decay rates.
         eps: AdamW's epsilon.
         fused: torch's fused step.
-        values: an optimizer of their own for the value tables of product-key memories; None: they learn as the
-            rest of the memory does, with dense gradients.
+        values: an optimizer of their own for the memories' value tables; None: they learn as the rest of the memory
+            does, with dense gradients.
     """
 
     type: Literal["adamw"] = "adamw"

@@ -10,11 +10,11 @@ from transformers import get_scheduler
 
 import memlayers as ml
 from memlayers.config import ConfigError
+from memlayers.core.model import frozen_parameters, sparse_gradients, value_tables
 from memlayers.optim import RowSparseAdamW
-from memlayers.product_key import product_key_memories, sparse_gradients, value_tables
-from memlayers.task_tokens import frozen_rows, task_tokens
 
 from .config import OptimizerSection, TrainConfig
+from .kinds import that_do
 
 LORA = ".lora_"
 """In the names of all parameters that PEFT adds: lora_A, lora_B, lora_embedding_A, lora_magnitude_vector."""
@@ -22,7 +22,7 @@ LORA = ".lora_"
 
 def choose_parameters(model: nn.Module, train_what: str) -> None:
     """Set `requires_grad` of every parameter: memories learn, or their value tables alone; base or LoRA learn
-    when `train_what` says so. Rows of task tokens that their config leaves out never learn.
+    when `train_what` says so. What a memory's config leaves out never learns.
 
     Raises:
         ConfigError: nothing would learn.
@@ -30,7 +30,7 @@ def choose_parameters(model: nn.Module, train_what: str) -> None:
     if train_what == "values":
         _check_values_can_learn(model)
     memory = dict(ml.memory_parameters(model))
-    learning = value_tables(model) if train_what == "values" else memory.keys() - frozen_rows(model)
+    learning = value_tables(model) if train_what == "values" else memory.keys() - frozen_parameters(model)
     for name, parameter in model.named_parameters():
         if name in memory:
             parameter.requires_grad_(name in learning)
@@ -46,13 +46,12 @@ def choose_parameters(model: nn.Module, train_what: str) -> None:
 
 
 def _check_values_can_learn(model: nn.Module) -> None:
-    for name, memory in product_key_memories(model).items():
-        for number, layer in memory.layers.items():
-            if layer.config.value_proj and not layer.value_proj.weight.any():
-                raise ConfigError(
-                    f"train_what: values alone cannot learn, because value_proj of {name}.layers.{number} is still 0, "
-                    "as it starts; train with train_what: memory first"
-                )
+    for name, memory in ml.memories(model).items():
+        if told := memory.check_tables_can_learn():
+            raise ConfigError(
+                f"train_what: values alone cannot learn, because {told.format(name=name)}; train with train_what: memory "
+                "first"
+            )
 
 
 def row_sparse_tables(model: nn.Module, config: OptimizerSection) -> dict[str, nn.Parameter]:
@@ -68,8 +67,8 @@ def row_sparse_tables(model: nn.Module, config: OptimizerSection) -> dict[str, n
     tables = {name: table for name, table in value_tables(model).items() if table.requires_grad}
     if not tables:
         raise ConfigError(
-            "optimizer.values: no memory of this model has a value table that learns; add one of type product_key "
-            "under memories, or leave this section out"
+            "optimizer.values: no memory of this model has a value table that learns; add one of type "
+            f"{that_do('tables')} under memories, or leave this section out"
         )
     sparse_gradients(model)
     return tables
@@ -118,16 +117,12 @@ def parameter_groups(
 def make_optimizers(
     model: nn.Module, config: TrainConfig, tables: dict[str, nn.Parameter]
 ) -> list[torch.optim.Optimizer]:
-    """AdamW over the parameters that learn, and `RowSparseAdamW` over `tables` (see `row_sparse_tables`). After a step
-    of AdamW, task tokens that ask for it are renormalized."""
+    """AdamW over the parameters that learn, and `RowSparseAdamW` over `tables` (see `row_sparse_tables`)."""
     section, optimizers = config.optimizer, []
     if groups := parameter_groups(model, section, leave_out=tables.values()):
         optimizers.append(
             torch.optim.AdamW(groups, betas=tuple(section.betas), eps=section.eps, fused=section.fused)
         )
-        for memory in task_tokens(model).values():
-            if memory.config.renormalize:
-                optimizers[0].register_step_post_hook(lambda *_, memory=memory: memory.renormalize_())
     if tables:
         values, names = section.values, list(tables)
         optimizers.append(

@@ -31,6 +31,7 @@ import torch
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import set_seed, tqdm
 
+from memlayers.core.model import memories
 from memlayers.optim import clip_gradients
 from memlayers.train.background import Background
 from memlayers.train.config import TrainConfig
@@ -159,6 +160,8 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
                 optimizer.step()
                 schedule.step()
                 optimizer.zero_grad(set_to_none=True)
+            for memory in memories(model).values():
+                memory.after_step()
             progress.step += 1
             progress.unlogged.append([loss, accuracy, norm])
 

@@ -12,11 +12,11 @@ from pathlib import Path
 import datasets
 
 from memlayers.config import ConfigError
-from memlayers.task_tokens.tokenizer import token_of
 from memlayers.tasks import FactsTask, ProceduresTask, rng_for
 
 from .config import DatasetData, FactsData, ProceduresData, TaskData, TextData, TrainConfig
 from .data import Batch, Example, ExampleSource, TaskSource, collate
+from .kinds import that_do
 
 
 def make_source(config: TrainConfig, tokenizer, window: int | None) -> Source:
@@ -81,23 +81,24 @@ def _facts(data: FactsData, tokenizer) -> list[Example]:
 
 
 def _procedures(data: ProceduresData, tokenizer) -> list[Example]:
-    """`uses` of every procedure, each called by its task token."""
+    """`uses` of every procedure, each called by its token, which the tokenizer has of a memory."""
     try:
         task = ProceduresTask(data.procedures, tokenizer)
         procedures = task.new(data.n, data.seed)[data.first :]
     except ValueError as error:
         raise ConfigError(f"data.procedures: {error}") from None
-    vocabulary, examples = tokenizer.get_vocab(), []
-    if lacking := [p.name for p in procedures if token_of(p.name) not in vocabulary]:
+    called = {token.strip("<|>"): index for token, index in tokenizer.get_added_vocab().items()}
+    examples = []
+    if lacking := [p.name for p in procedures if p.name not in called]:
         raise ConfigError(
             f"data: there is no task token for {lacking[0]!r} (nor for {len(lacking) - 1} others); put the names into "
-            "names of the memory of type task_tokens"
+            f"names of the memory of type {that_do('add_to_tokenizer')}"
         )
     for at, procedure in enumerate(procedures, start=data.first):
         rng = random.Random(f"memlayers:uses:{data.seed}:{at}")
         for _ in range(data.uses):
             use = task.use(procedure, task.draw(rng, "train"))
-            examples.append(Example((), use.prompt, [vocabulary[token_of(procedure.name)], *use.answer]))
+            examples.append(Example((), use.prompt, [called[procedure.name], *use.answer]))
     return examples
 
 

@@ -15,8 +15,8 @@ from accelerate import Accelerator
 from accelerate.utils import tqdm
 from torch import nn
 
+from memlayers.core.usage import reads_of_tables, track_usage
 from memlayers.optim import coalesce_rows
-from memlayers.product_key.usage import reads_of_tables, track_usage
 
 from .config import SparseFinetuningSection, TrainConfig
 from .data_config import TextData
@@ -27,7 +27,7 @@ class SparseFinetuning:
     """Chooses in every step the `top_t` slots of each table that may change.
 
     Args:
-        model: with product-key memories, on its device.
+        model: with memories that have tables, on its device.
         config: its `sparse_finetuning` section, and the run's batch size and seed.
         tables: the value tables that learn, by name, with row-sparse gradients.
 

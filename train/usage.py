@@ -1,4 +1,4 @@
-"""Slot usage of product-key memories while they train: in every line of the log, and as a picture at the end."""
+"""Slot usage of memories with tables while they train: in every line of the log, and as a picture at the end."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from memlayers.product_key.usage import draw_usage, track_usage
+from memlayers.core.usage import draw_usage, track_usage
 
 
 class UsageLog:
-    """Counts every read from its making to `close`; without product-key memories it counts nothing.
+    """Counts every read of a table from its making to `close`; without tables it counts nothing.
 
     Args:
-        model: its product-key memories are watched.
+        model: its memories with tables are watched.
     """
 
     def __init__(self, model: nn.Module):
@@ -25,7 +25,7 @@ class UsageLog:
         self._logged = {}
 
     def figures(self) -> dict[str, float]:
-        """What `SlotUsage.summary` says of all processes' reads since the last call, as `usage/layer/figure`.
+        """What the counters' `summary` says of all processes' reads since the last call, as `usage/layer/figure`.
 
         Every process must call it; counting starts anew.
         """

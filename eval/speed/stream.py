@@ -28,9 +28,9 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 import memlayers as ml
+from memlayers.core.model import decoder_of
 from memlayers.eval.speed.timing import where
 from memlayers.files import write_text
-from memlayers.model import decoder_of
 
 WARM_UP = 10_000
 """Tokens after which memory should not grow any more."""

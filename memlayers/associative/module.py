@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..core.linear import Linear
 from .config import AssociativeMemoryConfig
 
 EPS = 1e-5
@@ -32,10 +33,10 @@ class AssociativeLayer(nn.Module):
         super().__init__()
         self.config, self.hidden_size = config, hidden_size
         self.norm = nn.RMSNorm(hidden_size, eps=1e-6)
-        self.query = nn.Linear(hidden_size, config.key_dim, bias=False)
-        self.key = nn.Linear(hidden_size, config.key_dim, bias=False)
-        self.value = nn.Linear(hidden_size, hidden_size, bias=False)
-        self.beta = nn.Linear(hidden_size, 1)
+        self.query = Linear(hidden_size, config.key_dim, bias=False)
+        self.key = Linear(hidden_size, config.key_dim, bias=False)
+        self.value = Linear(hidden_size, hidden_size, bias=False)
+        self.beta = Linear(hidden_size, 1)
         self.key.weight.data.copy_(self.query.weight)
         nn.init.zeros_(self.value.weight)
 
@@ -76,10 +77,10 @@ class AssociativeLayer(nn.Module):
     def _normed(self, x: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
         return F.rms_norm(x.to(state.dtype), (self.hidden_size,), self.norm.weight.to(state.dtype), 1e-6)
 
-    def _features(self, projection: nn.Linear, x: torch.Tensor) -> torch.Tensor:
+    def _features(self, projection: Linear, x: torch.Tensor) -> torch.Tensor:
         return F.normalize(dpfp(self._linear(projection, x), self.config.nu), dim=-1)
 
-    def _linear(self, layer: nn.Linear, x: torch.Tensor) -> torch.Tensor:
+    def _linear(self, layer: Linear, x: torch.Tensor) -> torch.Tensor:
         """In x's dtype, whatever that of the weights: the state accumulates."""
         bias = None if layer.bias is None else layer.bias.to(x.dtype)
         return F.linear(x, layer.weight.to(x.dtype), bias)

@@ -6,14 +6,15 @@ import torch
 from torch import nn
 
 from ..config import chosen_layers
-from ..memory import Fields, Memory, embedding_std
-from ..model import decoder_layers, decoder_of
-from ..passes import Pass
+from ..core.memory import LayerMemory
+from ..core.model import embedding_std, text_config
+from ..core.schedule import Schedule
+from ..core.state import Fields
 from .config import AssociativeMemoryConfig
 from .module import AssociativeLayer
 
 
-class AssociativeMemory(Memory):
+class AssociativeMemory(LayerMemory):
     """The associative memory of a model (ARMT, 2407.04841): what a layer's matrix holds for a token is added to that
     layer's input, and what the layer gives out at the write tokens is written into the matrix when a segment ends.
 
@@ -21,9 +22,6 @@ class AssociativeMemory(Memory):
         layers: layer number, as a string, to `AssociativeLayer`.
         write_tokens: (n_tokens, hidden_size), stand behind every segment.
     """
-
-    in_layers = True
-    signature = "normalizer"
 
     def __init__(
         self,
@@ -33,23 +31,16 @@ class AssociativeMemory(Memory):
         embedding_std: float = 0.02,
     ):
         super().__init__(config)
-        self.segment_length, self.n_extra_tokens = config.segment_length, config.n_tokens
+        self.schedule, self.n_extra_tokens = Schedule.segments(config.segment_length), config.n_tokens
+        self.at_layers = frozenset(layers)
         self.layers = nn.ModuleDict({str(layer): AssociativeLayer(config, hidden_size) for layer in layers})
         self.write_tokens = nn.Parameter(torch.randn(config.n_tokens, hidden_size) * embedding_std)
 
     @classmethod
     def for_model(cls, config: AssociativeMemoryConfig, model: nn.Module) -> AssociativeMemory:
-        text = model.config.get_text_config(decoder=True)
+        text = text_config(model)
         layers = chosen_layers(config.layers, text.num_hidden_layers)
         return cls(config, text.hidden_size, layers, embedding_std(model))
-
-    def install(self, model: nn.Module) -> list:
-        blocks, handles = decoder_layers(decoder_of(model)), []
-        for key in self.layers:
-            block = blocks[int(key)]
-            handles.append(block.register_forward_pre_hook(_Read(self, key), with_kwargs=True))
-            handles.append(block.register_forward_hook(_Write(self, key), with_kwargs=True))
-        return handles
 
     def new_state(self, batch_size: int) -> Fields:
         """Fields `layers.3.matrix` (batch, n_features, hidden_size) and `layers.3.normalizer` (batch, n_features)."""
@@ -58,51 +49,30 @@ class AssociativeMemory(Memory):
             fields[f"layers.{key}.matrix"], fields[f"layers.{key}.normalizer"] = layer.new_state(batch_size)
         return fields
 
-    def write_inputs(self, state: Fields) -> torch.Tensor:
+    def write_inputs(self, fields: Fields) -> torch.Tensor:
         """Tokens to put after a segment, (batch, n_tokens, hidden_size)."""
-        rows = len(next(iter(state.values())))
+        rows = len(next(iter(fields.values())))
         return self.write_tokens.expand(rows, -1, -1)
 
+    def before_layer(self, block, name: str, layer: int, hidden: torch.Tensor) -> torch.Tensor:
+        """Adds what the layer's matrix holds."""
+        state = self._state(block, name, layer)
+        return hidden + self.layers[str(layer)].read(hidden, *state).to(hidden.dtype)
 
-class _Hook:
-    """A hook of one layer; an object and not a closure, so that a deep copy of the model uses the copied memory."""
-
-    def __init__(self, owner: AssociativeMemory, key: str):
-        self.owner, self.key = owner, key
-
-    def state(self, run: Pass | None) -> tuple[str | None, tuple[torch.Tensor, ...]]:
-        """The owner's name in the pass under way, and A and z before it; (None, ()) when it takes no part."""
-        name = run.name_of(self.owner) if run is not None else None
-        return name, () if name is None else tuple(run.before[name][field] for field in self.fields)
-
-    @property
-    def fields(self) -> tuple[str, str]:
-        return f"layers.{self.key}.matrix", f"layers.{self.key}.normalizer"
-
-
-class _Read(_Hook):
-    """Adds what the memory holds to the layer's input."""
-
-    def __call__(self, block: nn.Module, args: tuple, kwargs: dict):
-        name, state = self.state(kwargs.get("memory_pass"))
-        if name is None:
-            return None
-        hidden, *rest = args
-        read = self.owner.layers[self.key].read(hidden, *state)
-        return (hidden + read.to(hidden.dtype), *rest), kwargs
-
-
-class _Write(_Hook):
-    """Writes what the layer gave out at the write tokens, in the rows that had a segment."""
-
-    def __call__(self, block: nn.Module, args: tuple, kwargs: dict, output) -> None:
-        run = kwargs.get("memory_pass")
-        name, state = self.state(run)
-        if name is None or not run.writes:
+    def after_layer(self, block, name: str, layer: int, hidden: torch.Tensor) -> None:
+        """Writes what the layer gave out at the write tokens, in the rows that had a segment."""
+        if not block.writes:
             return
-        hidden = output[0] if isinstance(output, tuple) else output
-        written = self.owner.layers[self.key].write(hidden[:, run.write_at[name]], *state)
-        after = run.after.setdefault(name, dict(run.before[name]))
-        for field, old, new in zip(self.fields, state, written):
-            active = run.active.view(-1, *[1] * (old.dim() - 1))
-            after[field] = torch.where(active, new, old)
+        state = self._state(block, name, layer)
+        written = self.layers[str(layer)].write(hidden[:, block.write_at[name]], *state)
+        for field, old, new in zip(_fields(layer), state, written):
+            active = block.active.view(-1, *[1] * (old.dim() - 1))
+            block.put(name, {field: torch.where(active, new, old)})
+
+    def _state(self, block, name: str, layer: int) -> tuple[torch.Tensor, ...]:
+        """A and z of a layer before the block."""
+        return tuple(block.fields[name][field] for field in _fields(layer))
+
+
+def _fields(layer: int) -> tuple[str, str]:
+    return f"layers.{layer}.matrix", f"layers.{layer}.normalizer"

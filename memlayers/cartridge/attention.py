@@ -6,7 +6,7 @@ import torch
 from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache
 
-from ..streaming import as_attention_takes_it, written_out
+from ..core.masks import expand_mask, to_attention_mask
 
 
 class KeysBefore:
@@ -30,10 +30,9 @@ class KeysBefore:
         return self.keys.shape[2] + (0 if self.below is None else self.below.get_seq_length(layer_idx))
 
 
-def as_many_rows(x: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
-    """x (rows, ...) with each row as often as beams share it in `hidden` (rows · beams, ...)."""
-    shared_by = hidden.shape[0] // x.shape[0]
-    return x if shared_by == 1 else x.repeat_interleave(shared_by, dim=0)
+def shared(x: torch.Tensor, rows_per_state: int) -> torch.Tensor:
+    """x (rows, ...) with each row as often as rows of the input read it."""
+    return x if rows_per_state == 1 else x.repeat_interleave(rows_per_state, dim=0)
 
 
 def mask_before(
@@ -56,7 +55,7 @@ def mask_before(
         ValueError: an implementation of attention that takes no mask of ours.
     """
     rows, n_queries = hidden.shape[:2]
-    mask = written_out(mask, n_queries, previous, config, hidden, who="a cartridge")
+    mask = expand_mask(mask, n_queries, previous, config, hidden, who="a cartridge")
     used = torch.arange(places, device=length.device) >= places - length[:, None]
-    used = as_attention_takes_it(used[:, None, None].expand(-1, -1, n_queries, -1), config, hidden)
+    used = to_attention_mask(used[:, None, None].expand(-1, -1, n_queries, -1), config, hidden)
     return torch.cat([used, mask.expand(rows, -1, -1, -1)], dim=-1)

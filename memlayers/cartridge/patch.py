@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
-import inspect
-
 import torch
 from torch import nn
 
 from ..config import ConfigError
-from ..memory import Fields, Memory, embedding_std
-from ..model import attention_of, decoder_layers, decoder_of, max_positions
-from ..passes import Pass, carried
-from ..state import MemoryState
-from ..streaming import CACHE_NAMES
+from ..core.hooks import PartHook, checkpoint_safe
+from ..core.memory import LayerMemory
+from ..core.model import (
+    attention_of,
+    cache_name,
+    decoder_layers,
+    decoder_of,
+    embedding_std,
+    max_positions,
+    text_config,
+)
+from ..core.state import Fields
 from ..writing import Writer
-from .attention import KeysBefore, as_many_rows, mask_before
+from .attention import KeysBefore, mask_before, shared
 from .config import CartridgeConfig
 from .start import keys_and_values, keys_and_values_of_prompt, keys_shapes
 
 
-class Cartridge(Memory):
+class Cartridge(LayerMemory):
     """Keys and values of up to `n_tokens` places before the text, for each row of a batch its own.
 
     State, per row and layer: `layers.3.keys` and `layers.3.values` (batch, places, key-value heads, head_dim) float32,
@@ -32,13 +37,10 @@ class Cartridge(Memory):
         writer: the `Writer`, which refines what stands there on a text.
     """
 
-    in_layers = True
-    signature = "keys"
-    by_gradient = True
-
     def __init__(self, config: CartridgeConfig, n_layers: int, heads: int, head_dim: int, hidden_size: int):
         super().__init__(config)
         self.n_layers, self.heads, self.head_dim = n_layers, heads, head_dim
+        self.at_layers = frozenset(range(n_layers))
         if config.start == "learned":
             shape = n_layers, config.n_tokens, heads, head_dim
             self.keys, self.values = (nn.Parameter(0.02 * torch.randn(shape)) for _ in range(2))
@@ -49,7 +51,7 @@ class Cartridge(Memory):
 
     @classmethod
     def for_model(cls, config: CartridgeConfig, model: nn.Module) -> Cartridge:
-        text = model.config.get_text_config(decoder=True)
+        text = text_config(model)
         shapes = keys_shapes(model)
         if len(set(shapes)) > 1 or len(shapes) != text.num_hidden_layers:
             raise ConfigError(
@@ -68,20 +70,54 @@ class Cartridge(Memory):
         return memory
 
     def install(self, model: nn.Module) -> list:
-        self.base = _Base(decoder_of(model))
-        handles = []
-        for layer, block in enumerate(decoder_layers(decoder_of(model))):
-            attention = attention_of(model, layer)
-            handles.append(block.register_forward_pre_hook(_Carry(self, layer), with_kwargs=True))
-            handles.append(
-                attention.register_forward_pre_hook(_Prepend(self, layer, attention), with_kwargs=True)
-            )
-        return handles
+        self.base = _Base(model)
+        n_layers = len(decoder_layers(decoder_of(model)))
+        attentions = [attention_of(model, layer) for layer in range(n_layers)]
+        for layer, attention in enumerate(attentions):
+            if cache_name(attention) is None:
+                raise ConfigError(
+                    f"type: the attention of layer {layer} of {type(model).__name__} takes no cache of keys and values, "
+                    "before which a cartridge could stand"
+                )
+        return [PartHook(self, attention, layer, "attention") for layer, attention in enumerate(attentions)]
+
+    @property
+    def gradient_writer(self) -> Writer:
+        return self.writer
+
+    def before_layer(self, block, name: str, layer: int, hidden: torch.Tensor) -> torch.Tensor:
+        """Takes the layer's keys and values from the state, outside of what gradient checkpointing runs twice."""
+        for part in ("keys", "values"):
+            x = block.fields[name][f"layers.{layer}.{part}"]
+            hidden, block.reads[name, f"{layer}.{part}"] = checkpoint_safe(block.layer_of(layer), hidden, x)
+        return hidden
+
+    def around(self, hook: PartHook, block, args: tuple, kwargs: dict):
+        """Puts them before those of the text."""
+        name, layer = block.name_of(self), hook.layer
+        if block.reads[name, f"{layer}.keys"].shape[1] == 0:
+            return hook.original(*args, **kwargs)
+        hidden = args[0] if args else kwargs["hidden_states"]
+        parts = (
+            shared(block.reads[name, f"{layer}.{part}"], block.rows_per_state) for part in ("keys", "values")
+        )
+        keys, values = (x.to(hidden.dtype).transpose(1, 2) for x in parts)
+        cache, mask = cache_name(hook.module), kwargs.get("attention_mask")
+        below = kwargs.get(cache)
+        previous = 0 if below is None else below.get_seq_length(layer)
+        key = name, id(mask), previous  # layers of one kind of attention share it
+        if key not in block.masks:
+            length = shared(block.fields[name]["length"], block.rows_per_state)
+            config = text_config(block.call.decoder)
+            longer = mask_before(mask, length, keys.shape[2], hidden, previous, config)
+            block.masks[key] = mask, longer  # held, so that no other mask gets its id
+        changed = {cache: KeysBefore(keys, values, below), "attention_mask": block.masks[key][1]}
+        return hook.original(*args, **{**kwargs, **changed})
 
     def new_state(self, batch_size: int) -> Fields:
         """What is learned, or no places."""
         if self.config.start == "prompt":
-            one = keys_and_values_of_prompt(self.base.decoder, self.prompt)
+            one = keys_and_values_of_prompt(self.base.model, self.prompt)
             return {name: x.expand(batch_size, *x.shape[1:]) for name, x in one.items()}
         learned = self.config.start == "learned"
         places = self.config.n_tokens if learned else 0
@@ -99,7 +135,7 @@ class Cartridge(Memory):
     def write(self, model, name, input_ids, mask, state, **options) -> Fields:
         if self.config.start == "text" and state[name]["layers.0.keys"].shape[1] == 0:
             first = keys_and_values(model, input_ids, mask, self.config.n_tokens, options["differentiable"])
-            state = MemoryState({**state.fields, name: first})
+            state = state.replace({name: first})
         lesson = self.writer.lesson(model, input_ids, mask)
         return self.writer.write(model, name, *lesson, state, **options)
 
@@ -120,62 +156,8 @@ class Cartridge(Memory):
 
 
 class _Base:
-    """The decoder that a prompt is read by; an object, so that it is no child of the memory and a deep copy of the model
-    has the copied decoder."""
+    """The model that a prompt is read by; an object, so that it is no child of the memory and a deep copy of the model
+    has the copied one."""
 
-    def __init__(self, decoder: nn.Module):
-        self.decoder = decoder
-
-
-class _Hook:
-    """A hook of one layer; an object and not a closure, so that a deep copy of the model uses the copied memory."""
-
-    def __init__(self, owner: Cartridge, layer: int):
-        self.owner, self.layer = owner, layer
-
-    def name(self, run: Pass | None) -> str | None:
-        """The owner's name in the pass, where it takes part and has places."""
-        name = run.name_of(self.owner) if run is not None else None
-        return None if name is None or run.before[name]["layers.0.keys"].shape[1] == 0 else name
-
-
-class _Carry(_Hook):
-    """Before the layer: takes its keys and values from the state, outside of what gradient checkpointing runs twice."""
-
-    def __call__(self, block: nn.Module, args: tuple, kwargs: dict):
-        run = kwargs.get("memory_pass")
-        name = self.name(run)
-        if name is None:
-            return None
-        hidden, *rest = args
-        for part in ("keys", "values"):
-            field = f"layers.{self.layer}.{part}"
-            hidden, run.reads[name, field] = carried(block, hidden, run.before[name][field])
-        return (hidden, *rest), kwargs
-
-
-class _Prepend(_Hook):
-    """Before the attention: puts them before those of the text."""
-
-    def __init__(self, owner: Cartridge, layer: int, attention: nn.Module):
-        super().__init__(owner, layer)
-        known = inspect.signature(type(attention).forward).parameters
-        self.cache_name = next(name for name in CACHE_NAMES if name in known)
-
-    def __call__(self, attention: nn.Module, args: tuple, kwargs: dict):
-        run = kwargs.get("memory_pass")
-        name = self.name(run)
-        if name is None:
-            return None
-        hidden = args[0] if args else kwargs["hidden_states"]
-        fields = (run.reads[name, f"layers.{self.layer}.{part}"] for part in ("keys", "values"))
-        keys, values = (as_many_rows(x, hidden).to(hidden.dtype).transpose(1, 2) for x in fields)
-        below, mask = kwargs.get(self.cache_name), kwargs.get("attention_mask")
-        previous = 0 if below is None else below.get_seq_length(self.layer)
-        key = name, id(mask), previous  # layers of one kind of attention share it
-        if key not in run.masks:
-            length = as_many_rows(run.before[name]["length"], hidden)
-            longer = mask_before(mask, length, keys.shape[2], hidden, previous, attention.config)
-            run.masks[key] = mask, longer  # held, so that no other mask gets its id
-        before = KeysBefore(keys, values, below)
-        return args, {**kwargs, self.cache_name: before, "attention_mask": run.masks[key][1]}
+    def __init__(self, model: nn.Module):
+        self.model = model

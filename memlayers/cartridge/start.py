@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 from torch import nn
-from transformers.cache_utils import DynamicCache
 
-from ..memory import Fields
-from ..model import decoder_of, still
+from ..core.masks import padding_last, positions_of
+from ..core.model import decoder_of, device_of, eval_mode, new_cache, without_state
+from ..core.state import Fields
 from ..writing import right_aligned
 
 
@@ -21,36 +21,39 @@ def keys_and_values(
         mask: (batch, tokens) bool, False at padding, which may stand anywhere.
         differentiable: keep the graph to the base's parameters.
     """
-    device = model.get_input_embeddings().weight.device
+    device = device_of(model)
     input_ids, mask = input_ids.to(device), mask.to(device)
-    order = (~mask).int().argsort(dim=1, stable=True)[:, :n_tokens]
+    order = padding_last(mask)[:, :n_tokens]
     ids, used = right_aligned(input_ids.gather(1, order), mask.gather(1, order))  # as the fields are
     with torch.set_grad_enabled(differentiable and torch.is_grad_enabled()):
-        return _read(decoder_of(model), used, input_ids=ids)
+        return _read(model, used, input_ids=ids)
 
 
-def keys_and_values_of_prompt(decoder: nn.Module, prompt: torch.Tensor) -> Fields:
+def keys_and_values_of_prompt(model: nn.Module, prompt: torch.Tensor) -> Fields:
     """The fields, of one row, of a cartridge that holds embeddings (tokens, hidden_size), read by the base alone.
 
     They are those of every text behind the prompt, because the future does not reach the past.
     """
     used = torch.ones(1, len(prompt), dtype=torch.bool, device=prompt.device)
-    dtype = decoder.get_input_embeddings().weight.dtype
-    return _read(decoder, used, inputs_embeds=prompt.to(dtype)[None])
+    dtype = model.get_input_embeddings().weight.dtype
+    return _read(model, used, inputs_embeds=prompt.to(dtype)[None])
 
 
-def _read(decoder: nn.Module, used: torch.Tensor, **inputs) -> Fields:
-    cache = DynamicCache()
-    with still(decoder):  # in training checkpointing would keep no cache
+def _read(model: nn.Module, used: torch.Tensor, **inputs) -> Fields:
+    decoder = decoder_of(model)
+    cache = new_cache(decoder, whole=True)
+    with without_state(model), eval_mode(decoder):  # in training checkpointing would keep no cache
         decoder(
             **inputs,
             attention_mask=used.long(),
-            position_ids=(used.cumsum(1) - 1).clamp(min=0),  # of the real tokens
+            position_ids=positions_of(used),
             past_key_values=cache,
             use_cache=True,
         )
     fields = {"length": used.sum(1)}
     for i, layer in enumerate(cache.layers):
+        if getattr(layer, "keys", None) is None:
+            continue  # a layer without attention, or one that reads another's keys
         fields[f"layers.{i}.keys"] = layer.keys.transpose(1, 2).float()
         fields[f"layers.{i}.values"] = layer.values.transpose(1, 2).float()
     return fields

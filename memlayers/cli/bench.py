@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
 import json
-from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
 from memlayers.cli.common import Debug, command, quiet
-
-
-class Benchmark(StrEnum):
-    product_key = "product_key"
-    neural = "neural"
-    lora = "lora"
-    token_memories = "token_memories"
+from memlayers.eval.speed import BENCHMARKS
 
 
 @command
 def bench(
-    kind: Annotated[Benchmark, typer.Argument(help="Which memory.")],
+    kind: Annotated[Literal[BENCHMARKS], typer.Argument(help="Which memory.")],
     rounds: Annotated[int, typer.Option(min=1, help="Rounds; every arm runs once in each.")] = 20,
     device: Annotated[str | None, typer.Option(help="cpu or cuda; default: cuda where there is one.")] = None,
     ttt_lm: Annotated[
@@ -55,18 +50,12 @@ def bench(
     import torch
     from rich.console import Console
 
-    from memlayers.eval.speed import lora, neural, product_key, token_memories
     from memlayers.files import write_text
 
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if kind is Benchmark.neural:
-        report = neural.benchmark(rounds, device, ttt_lm)
-    elif kind is Benchmark.lora:
-        report = lora.benchmark(rounds, device)
-    elif kind is Benchmark.token_memories:
-        report = token_memories.benchmark(rounds, device, armt)
-    else:
-        report = product_key.benchmark(rounds, device)
+    benchmark = importlib.import_module(f"memlayers.eval.speed.{kind}").benchmark
+    peers, takes = {"ttt_lm": ttt_lm, "armt": armt}, inspect.signature(benchmark).parameters
+    report = benchmark(rounds, device, **{name: path for name, path in peers.items() if name in takes})
     console = Console()
     for name, part in report.items():
         if isinstance(part, dict) and "work" in part:

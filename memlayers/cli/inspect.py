@@ -20,7 +20,7 @@ def inspect(
     ] = None,
     text: Annotated[
         Path | None,
-        typer.Option(help="A text file to read: which slots of product-key memories does it use?"),
+        typer.Option(help="A text file to read: which slots of the memories' tables does it use?"),
     ] = None,
     picture: Annotated[
         Path | None, typer.Option(help="Where to draw the use of slots, with --text (PNG).")
@@ -61,6 +61,7 @@ def table(model):
     from rich.table import Table
 
     import memlayers as ml
+    from memlayers.core.model import embedding_width
 
     columns = ["memory", "kind", "fields", "parameters", "state bytes a row", "more a segment"]
     out = Table(*columns[:3], title="memories")
@@ -68,7 +69,7 @@ def table(model):
         out.add_column(column, justify="right")
     for name, memory in ml.memories(model).items():
         fields = memory.config.model_dump(exclude={"type"})
-        start, more = state_bytes(memory)
+        start, more = state_bytes(memory, embedding_width(model))
         out.add_row(
             name,
             memory.config.type,
@@ -80,36 +81,45 @@ def table(model):
     return out
 
 
-def state_bytes(memory) -> tuple[int, int]:
-    """Bytes of one row's state before anything was read, and what one segment adds to it."""
+def state_bytes(memory, width: int) -> tuple[int, int]:
+    """Bytes of one row's state before anything was read, and what one segment adds to it; width: of the embeddings."""
     import torch
 
+    from memlayers.core.memory import LayerMemory, StatefulMemory
+
+    if not isinstance(memory, StatefulMemory):
+        return 0, 0
     with torch.no_grad():
         start = memory.new_state(1)
         size = sum(t.nbytes for t in start.values())
+        if isinstance(memory, LayerMemory) or memory.schedule.kv != "drop":
+            return size, 0  # what layers keep stays as large as it is
         inputs = memory.write_inputs(start)
-        if inputs is None or memory.in_layers:
-            return size, 0
-        hidden = torch.zeros_like(inputs)
-        after = memory.update(start, hidden, torch.ones(1, dtype=torch.bool, device=hidden.device))
+        device = next(iter(start.values())).device
+        segment = torch.zeros(1, memory.schedule.reach, width, device=device)
+        written = segment[:, -1:] if inputs is None else torch.zeros_like(inputs)
+        mask = torch.ones(segment.shape[:2], dtype=torch.bool, device=device)
+        after = memory.update(start, written, segment, mask)
     return size, sum(t.nbytes for t in after.values()) - size
 
 
 def read_text(model, folder: str, text: Path) -> dict:
-    """Slot usage of every product-key layer of `model` while it reads a text file, window by window.
+    """Slot usage of every layer of `model` that reads a table while it reads a text file, window by window.
 
     Raises:
-        ValueError: no product-key memory, or an empty text.
+        ValueError: no memory with tables, or an empty text.
     """
     import torch
     from accelerate.utils import tqdm
 
     import memlayers as ml
-    from memlayers.product_key import product_key_memories
-    from memlayers.product_key.usage import track_usage
+    from memlayers.core.usage import track_usage
+    from memlayers.train.kinds import that_do
 
-    if not product_key_memories(model):
-        raise ValueError(f"{folder} has no memory of kind product_key, so there are no slots to count")
+    if not any(memory.readers() for memory in ml.memories(model).values()):
+        raise ValueError(
+            f"{folder} has no memory of kind {that_do('readers')}, so there are no slots to count"
+        )
     words = text.read_text(encoding="utf-8")
     ids = torch.tensor(tokenizer_of(model, folder)(words, verbose=False)["input_ids"])
     if not words.strip():
@@ -133,10 +143,10 @@ def tokenizer_of(model, folder: str):
 
 
 def usage_table(usage: dict, text: Path, picture: Path | None):
-    """A rich table of the figures of `SlotUsage.summary`, a column a layer; draws the picture where one is asked."""
+    """A rich table of the figures of each counter, a column a layer; draws the picture where one is asked."""
     from rich.table import Table
 
-    from memlayers.product_key.usage import draw_usage
+    from memlayers.core.usage import draw_usage
 
     if picture is not None:
         draw_usage(usage, picture)

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..config import ConfigError
-from ..model import bare, max_positions
+from ..core.model import max_positions, unwrap
 from . import recipes
 from . import shard as files_of
 from .bank_config import LoRABankConfig
@@ -277,7 +277,7 @@ class LoRABank(BankReader):
 
 
 def _check_lengths(model, config: LoRABankConfig) -> None:
-    limit = max_positions(bare(model))
+    limit = max_positions(unwrap(model))
     for field in ("segment_length", "router_length"):
         if limit is not None and getattr(config, field) + 1 > limit:
             raise ConfigError(

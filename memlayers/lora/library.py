@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from ..memory import Fields
+from ..core.state import Fields
 from . import shard as files_of
 from .shard import ShardManifest
 from .store import BankIndex, Files, Store

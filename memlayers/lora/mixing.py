@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from ..memory import Fields
+from ..core.state import Fields
 
 
 def mixed(rows: Sequence[Sequence[tuple[Fields, float]]], top_k: int, like: Fields) -> Fields:

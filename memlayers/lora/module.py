@@ -34,25 +34,26 @@ class LoRAAdapter(nn.Module):
         """What the adapters add, or `onto` with that added.
 
         Args:
-            x: (rows, tokens, in_features); rows = n · batch where n rows in a row share an adapter.
+            x: (rows, tokens, in_features), or with what is before the last dimension in other shapes of the same order, as
+                flattened; rows = n · batch where n rows in a row share an adapter.
             a: (batch, r, in_features).
             b: (batch, out_features, r). Ranks may differ from the config's: adapters that are mixed stand side by side.
-            onto: (rows, tokens, out_features), what the linear layer gave out for x; not changed.
+            onto: (..., out_features), what the linear layer gave out for x; not changed.
 
         Returns:
-            (rows, tokens, out_features) in x's dtype.
+            (..., out_features) in x's dtype.
 
         Raises:
             ValueError: rows that are no multiple of batch.
         """
-        if x.dim() != 3 or x.shape[0] % a.shape[0]:
+        if x.dim() < 2 or x.shape[0] % a.shape[0]:
             raise ValueError(
                 f"x has shape {tuple(x.shape)}, the adapters of {a.shape[0]} rows take (rows, tokens, {a.shape[2]})"
             )
-        inner = torch.bmm(x.to(a.dtype).reshape(a.shape[0], -1, x.shape[2]), a.mT)
+        inner = torch.bmm(x.to(a.dtype).reshape(a.shape[0], -1, x.shape[-1]), a.mT)
         if onto is None:
-            return torch.bmm(inner * self.scaling, b.mT).view(*x.shape[:2], -1).to(x.dtype)
-        rows = onto.to(a.dtype).reshape(a.shape[0], -1, onto.shape[2])
+            return torch.bmm(inner * self.scaling, b.mT).view(*x.shape[:-1], -1).to(x.dtype)
+        rows = onto.to(a.dtype).reshape(a.shape[0], -1, onto.shape[-1])
         return torch.baddbmm(rows, inner, b.mT, alpha=self.scaling).view(onto.shape).to(onto.dtype)
 
     def extra_repr(self) -> str:

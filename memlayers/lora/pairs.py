@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from ..forward import check_state
-from ..model import stateful
-from ..state import MemoryState
-from ..streaming import fresh_state
+from ..core.memory import fresh_state
+from ..core.methods import check_state
+from ..core.model import stateful
+from ..core.state import MemoryState
 from ..writing import of_pairs
 from .patch import LoRAMemories
 
@@ -50,4 +50,4 @@ def write_pairs(
     written = {
         name: m.writer.write(model, name, segments, None, state, **options) for name, m in memories.items()
     }
-    return MemoryState({**state.fields, **written})
+    return state.replace(written)

@@ -2,35 +2,31 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
-from contextvars import ContextVar
 
-import torch
 from torch import nn
 
 from ..config import ConfigError, chosen_layers
-from ..memory import Fields, Memory
-from ..model import attention_of, decoder_layers, decoder_of
-from ..passes import Pass
+from ..core.hooks import PartHook
+from ..core.memory import LayerMemory
+from ..core.model import decoder_layers, decoder_of, text_config
+from ..core.state import Fields
 from ..writing import Writer
 from .config import LoRAMemoryConfig
 from .module import LoRAAdapter
 
-RUNNING: ContextVar[Pass | None] = ContextVar("RUNNING", default=None)
-"""The pass of the decoder layer that runs: linear layers get no keywords."""
+OF_PEFT = re.compile(r"\.(base_layer|original_module|modules_to_save\.[^.]+)(?=\.|$)")
+"""What PEFT puts into the name of a layer that it adapts; without it the name is the one that the base has."""
 
 
-class LoRAMemories(Memory):
+class LoRAMemories(LayerMemory):
     """The LoRA memory of a model: one `LoRAAdapter` a linear layer. Its state is the adapters of each row.
 
     Attributes:
         adapters: name of the linear layer in the decoder, with - for the dots, to `LoRAAdapter`.
         writer: the `Writer`, which does the gradient steps.
     """
-
-    in_layers = True
-    signature = "lora_A"
-    by_gradient = True
 
     def __init__(self, config: LoRAMemoryConfig, targets: dict[str, tuple[int, int]], hidden_size: int):
         super().__init__(config)
@@ -45,21 +41,30 @@ class LoRAMemories(Memory):
     @classmethod
     def for_model(cls, config: LoRAMemoryConfig, model: nn.Module) -> LoRAMemories:
         found = linear_layers(model, config)
-        hidden_size = model.config.get_text_config(decoder=True).hidden_size
-        return cls(config, {name: widths(module) for name, module in found.items()}, hidden_size)
+        hidden_size = text_config(model).hidden_size
+        return cls(config, {name: widths(modules[0]) for name, modules in found.items()}, hidden_size)
 
     def install(self, model: nn.Module) -> list:
-        decoder = decoder_of(model)
-        handles = []
-        for layer, block in enumerate(decoder_layers(decoder)):
-            handles.append(block.register_forward_pre_hook(_enter, with_kwargs=True))
-            handles.append(
-                attention_of(model, layer).register_forward_pre_hook(_enter_again, with_kwargs=True)
+        found = linear_layers(model, self.config)
+        return [PartHook(self, module, layer_number(name), name) for name in found for module in found[name]]
+
+    @property
+    def gradient_writer(self) -> Writer:
+        return self.writer
+
+    def around(self, hook: PartHook, block, args: tuple, kwargs: dict):
+        """Adds what each row's adapter makes of the layer's input."""
+        output = hook.original(*args, **kwargs)
+        x = args[0] if args else next(iter(kwargs.values()))
+        rows, n_tokens = block.mask.shape
+        if x.numel() != rows * n_tokens * x.shape[-1]:
+            raise ValueError(
+                f"{hook.part} was given {tuple(x.shape)} and not all of the {rows} × {n_tokens} tokens in their order, so that "
+                "a LoRA memory does not know whose they are; leave it out of target_modules"
             )
-            handles.append(block.register_forward_hook(_leave, always_call=True))
-        for name, adapter in self.named_adapters():
-            handles.append(decoder.get_submodule(name).register_forward_hook(_Add(self, name, adapter)))
-        return handles
+        fields = block.fields[block.name_of(self)]
+        a, b = fields[f"{hook.part}.lora_A"], fields[f"{hook.part}.lora_B"]
+        return self.adapters[hook.part.replace(".", "-")](x, a, b, onto=output)
 
     def named_adapters(self) -> Iterator[tuple[str, LoRAAdapter]]:
         """The adapters by the names that their linear layers have in the decoder."""
@@ -102,39 +107,10 @@ class LoRAMemories(Memory):
                 )
 
 
-class _Add:
-    """A forward hook of a linear layer; an object, so that a deep copy of the model adds the copied memory."""
-
-    def __init__(self, owner: LoRAMemories, layer: str, adapter: LoRAAdapter):
-        self.owner, self.layer, self.adapter = owner, layer, adapter
-
-    def __call__(self, module: nn.Module, args: tuple, output: torch.Tensor):
-        run = RUNNING.get()
-        name = run.name_of(self.owner) if run is not None else None
-        if name is None:
-            return None
-        fields = run.before[name]
-        a, b = fields[f"{self.layer}.lora_A"], fields[f"{self.layer}.lora_B"]
-        return self.adapter(args[0], a, b, onto=output)
-
-
-def _enter(block: nn.Module, args: tuple, kwargs: dict) -> None:
-    RUNNING.set(kwargs.get("memory_pass"))
-
-
-def _enter_again(attention: nn.Module, args: tuple, kwargs: dict) -> None:
-    """The same from the keywords that a layer hands to its attention: gradient checkpointing runs a layer's forward
-    a second time without the hooks around it."""
-    if "memory_pass" in kwargs:
-        RUNNING.set(kwargs["memory_pass"])
-
-
-def _leave(block: nn.Module, args: tuple, output) -> None:
-    RUNNING.set(None)
-
-
-def linear_layers(model: nn.Module, config: LoRAMemoryConfig) -> dict[str, nn.Module]:
-    """The linear layers that `config` names, by their names in the decoder.
+def linear_layers(model: nn.Module, config: LoRAMemoryConfig) -> dict[str, list[nn.Module]]:
+    """The linear layers that `config` names, by their names in the decoder as the base has them: one module each, or,
+    where PEFT keeps a copy of a layer beside it, all that may stand for it. Adapters of PEFT are none, and, unless named,
+    experts, whose tokens come without their rows.
 
     Raises:
         ConfigError: a name that no linear layer has; a layer that is not there.
@@ -144,14 +120,13 @@ def linear_layers(model: nn.Module, config: LoRAMemoryConfig) -> dict[str, nn.Mo
     (stack,) = (name for name, child in decoder.named_children() if child is blocks)
     n_layers = len(blocks)
     layers = range(n_layers) if config.layers is None else chosen_layers(config.layers, n_layers)
-    linear = {
-        f"{stack}.{layer}.{name}": module
-        for layer in layers
-        for name, module in blocks[layer].named_modules()
-        if widths(module) is not None
-    }
+    linear: dict[str, list[nn.Module]] = {}
+    for layer in layers:
+        for name, module in blocks[layer].named_modules():
+            if widths(module) is not None and not _added_by_peft(blocks[layer], name):
+                linear.setdefault(f"{stack}.{layer}.{OF_PEFT.sub('', name)}", []).append(module)
     if config.target_modules is None:
-        return linear
+        return {name: modules for name, modules in linear.items() if ".experts." not in name}
     found = {n: m for n, m in linear.items() if any(_ends(n, end) for end in config.target_modules)}
     for i, end in enumerate(config.target_modules):
         if not any(_ends(name, end) for name in found):
@@ -160,6 +135,21 @@ def linear_layers(model: nn.Module, config: LoRAMemoryConfig) -> dict[str, nn.Mo
                 f"target_modules.{i}: no linear layer is called {end!r}; there are {', '.join(known)}"
             )
     return found
+
+
+def _added_by_peft(block: nn.Module, name: str) -> bool:
+    """Whether a module is a part of an adapter that PEFT put around a layer, and not the layer."""
+    parts = name.split(".")
+    for i in range(1, len(parts)):
+        around = block.get_submodule(".".join(parts[:i]))
+        if hasattr(around, "base_layer") and parts[i] != "base_layer":
+            return True
+    return False
+
+
+def layer_number(name: str) -> int:
+    """The number of the layer that a part is in: the first number in its name."""
+    return int(next(part for part in name.split(".") if part.isdigit()))
 
 
 def _ends(name: str, end: str) -> bool:

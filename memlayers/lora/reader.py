@@ -10,10 +10,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+from ..core.memory import fresh_state
+from ..core.model import device_of, memories, stateful
+from ..core.state import MemoryState
 from ..files import make_folder, write_whole
-from ..model import memories, stateful
-from ..state import MemoryState
-from ..streaming import fresh_state
 from . import shard as files_of
 from .library import Library
 from .mixing import mixed
@@ -96,9 +96,8 @@ class BankReader:
             ]
             return mixed(rows, top_k, self._library.like)
 
-        others = fresh_state(stateful(self.model), len(questions)).fields
-        device = self.model.get_input_embeddings().weight.device
-        return MemoryState({**others, self.memory: self._reading(fields)}).detach().to(device)
+        fresh = fresh_state(stateful(self.model), len(questions))
+        return fresh.replace({self.memory: self._reading(fields)}).detach().to(device_of(self.model))
 
     def export(self, shard: str, folder: str | Path) -> Path:
         """Copy a shard as a PEFT adapter: `PeftModel.from_pretrained(base, folder)` is the base with this shard.

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 
-from ..model import decoder_of, still
+from ..core.model import decoder_of, disabled, eval_mode
 from .bank_config import LoRABankConfig
 
 if TYPE_CHECKING:
@@ -75,11 +75,9 @@ class Router:
 
     def _hidden(self, ids: list[int]) -> torch.Tensor:
         """The last hidden states with all memories off, without that of a token that starts every text."""
-        from ..attach import disabled  # attach knows every kind of memory, and so this room
-
         start = [] if self.tokenizer.bos_token_id is None else [self.tokenizer.bos_token_id]
         device = self.model.get_input_embeddings().weight.device
-        with disabled(self.model), still(self.model):
+        with disabled(self.model), eval_mode(self.model):
             output = decoder_of(self.model)(
                 input_ids=torch.tensor([start + ids], device=device), use_cache=False
             )

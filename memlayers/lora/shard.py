@@ -22,8 +22,8 @@ from safetensors.torch import load as tensors_from_bytes
 from safetensors.torch import save as bytes_from_tensors
 
 from ..config import ConfigError, Strict, explain
-from ..memory import Fields
-from ..model import ROOT, bare, decoder_of
+from ..core.model import ROOT, decoder_of, unwrap
+from ..core.state import Fields
 from .bank_config import LoRABankConfig
 from .store import to_json
 
@@ -92,7 +92,7 @@ def sha256(data: str | bytes) -> str:
 
 def base_hash(model: PreTrainedModel) -> str:
     """sha256 over the config of a base and the names, shapes and dtypes of its tensors, memories left out."""
-    model = bare(model)
+    model = unwrap(model)
     config = {k: v for k, v in model.config.to_dict().items() if k not in OF_A_RUN}
     tensors = [
         (name, list(x.shape), str(x.dtype))
@@ -104,7 +104,7 @@ def base_hash(model: PreTrainedModel) -> str:
 
 def targets_of(model: PreTrainedModel, memory: LoRAMemories) -> dict[str, str]:
     """Layer as the fields of a state name it to the name of the linear layer in the model, by which PEFT knows it."""
-    model, decoder = bare(model), decoder_of(model)
+    model, decoder = unwrap(model), decoder_of(model)
     prefix = next(name for name, module in model.named_modules() if module is decoder)
     return {layer: f"{prefix}.{layer}" for layer, _ in sorted(memory.named_adapters())}
 
@@ -123,7 +123,7 @@ def adapter_config_bytes(model: PreTrainedModel, memory: LoRAMemories, targets: 
     """What `peft.LoraConfig.save_pretrained` writes, its targets in one order (it writes those of a set)."""
     from peft import LoraConfig  # takes seconds to import
 
-    model, config = bare(model), memory.config
+    model, config = unwrap(model), memory.config
     first = model.get_submodule(next(iter(targets.values())))
     alpha = config.lora_alpha
     peft_config = LoraConfig(

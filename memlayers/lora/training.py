@@ -14,10 +14,9 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from ..memory import Fields
-from ..model import stateful, still
-from ..state import MemoryState
-from ..streaming import fresh_state
+from ..core.memory import fresh_state
+from ..core.model import device_of, eval_mode, stateful
+from ..core.state import Fields
 from ..writing import Segments, of_text, row_losses
 from .bank_config import LoRABankConfig
 from .module import draw_a
@@ -55,12 +54,12 @@ def train_shard(
         raise ValueError(f"memory {memory!r} is disabled; a shard is trained while its memory is on")
     owner: LoRAMemories = stateful(model)[memory]
     generator = torch.Generator().manual_seed(_seed(config.seed, name))
-    device = model.get_input_embeddings().weight.device
+    device = device_of(model)
     segments = _segments(tokenizer, documents, config.segment_length)
     order = _minibatches(len(segments), config.batch_size, generator)
-    with still(model), torch.inference_mode(False), torch.enable_grad():
+    with eval_mode(model), torch.inference_mode(False), torch.enable_grad():
         fields = {f: x.to(device).requires_grad_() for f, x in _start(owner, generator).items()}
-        state = fresh_state(stateful(model), 1).fields
+        state = fresh_state(stateful(model), 1)
         optimizer = torch.optim.AdamW(
             fields.values(), lr=config.learning_rate, weight_decay=0.0, foreach=False
         )
@@ -68,7 +67,7 @@ def train_shard(
         for step in steps:
             batch = _joined([segments[i] for i in next(order)])
             rows = {field: x[None] for field, x in fields.items()}
-            loss = row_losses(model, batch, MemoryState({**state, memory: rows}))[0]
+            loss = row_losses(model, batch, state.replace({memory: rows}))[0]
             if not loss.isfinite():
                 raise _diverged(f"step {step + 1} of {config.steps}", name, f"the loss is {loss.item()}")
             gradients = torch.autograd.grad(loss, list(fields.values()))

@@ -6,34 +6,35 @@ out; before all stand the persistent tokens, at position 0. Only the tokens' own
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
-from transformers.cache_utils import Cache
+from transformers import PreTrainedConfig
+from transformers.cache_utils import Cache, DynamicLayer
 
-from ..streaming import CACHE_NAMES, written_out
+from ..core.hooks import PartHook
+from ..core.masks import expand_mask
+from ..core.model import CACHE_NAMES
 
 
 def in_context(
-    attention: Callable,
+    hook: PartHook,
     args: tuple,
     kwargs: dict,
     read: torch.Tensor,
     persistent: torch.Tensor,
     window: Cache | None,
     place: int,
-    config,
+    config: PreTrainedConfig,
 ) -> torch.Tensor:
     """What attention gives out for the tokens when memory stands in its context, (batch, tokens, hidden_size).
 
     Args:
-        attention: the attention's own forward.
+        hook: on the attention, whose own forward it knows.
         args, kwargs: of the call without memory.
         read: (batch, tokens, hidden_size), one memory token a token.
         persistent: (n_persistent_tokens, hidden_size).
         window: cache of the open window, None where none is kept.
         place: number of the cache's layer that is ours.
-        config: of the model, for the implementation of attention.
+        config: of the decoder, for the implementation of attention.
 
     Raises:
         ValueError: an implementation of attention that takes no mask of ours.
@@ -45,7 +46,7 @@ def in_context(
     new = 0 if before else n_persistent
     sequence = torch.stack([read, hidden], dim=2).flatten(1, 2)
     lead = persistent[:new].to(hidden.dtype).expand(len(hidden), -1, -1)
-    mask = written_out(kwargs.get("attention_mask"), n_tokens, previous, config, hidden, who="placement: mac")
+    mask = expand_mask(kwargs.get("attention_mask"), n_tokens, previous, config, hidden, who="placement: mac")
     changed = {"attention_mask": _doubled(mask, n_persistent, new)}
     if kwargs.get("position_embeddings") is not None:
         cos, sin = kwargs["position_embeddings"]
@@ -62,10 +63,11 @@ def in_context(
             changed[name] = _Place(window, place)
     sequence = torch.cat([lead, sequence], dim=1)
     if args:
-        output = attention(sequence, *args[1:], **{**kwargs, **changed})
+        output = hook.original(sequence, *args[1:], **{**kwargs, **changed})
     else:
-        output = attention(**{**kwargs, **changed, "hidden_states": sequence})
-    return output[0][:, new + 1 :: 2]
+        output = hook.original(**{**kwargs, **changed, "hidden_states": sequence})
+    output = output[0] if isinstance(output, tuple) else output
+    return output[:, new + 1 :: 2]
 
 
 def _kept(window: Cache | None, place: int) -> int:
@@ -95,4 +97,6 @@ class _Place:
 
     def update(self, keys: torch.Tensor, values: torch.Tensor, layer_idx: int, *args, **kwargs):
         """As `Cache.update`, in our place."""
+        missing = self.place + 1 - len(self.window.layers)
+        self.window.layers.extend(DynamicLayer() for _ in range(missing))
         return self.window.update(keys, values, self.place, *args, **kwargs)

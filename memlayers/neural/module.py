@@ -8,7 +8,8 @@ from torch.nn import functional as F
 
 from memlayers.kernels.chunk_memory import chunk_memory
 
-from ..memory import Fields
+from ..core.linear import Linear
+from ..core.state import Fields
 from .config import NeuralMemoryConfig
 from .packing import Packing, plan
 from .state import as_chunk_state, as_fields, check_fields, empty_state, layer_shapes
@@ -49,7 +50,7 @@ class NeuralMemory(nn.Module):
         self.config, self.hidden_size = config, hidden_size
         self.head_dim = config.width_of_head(hidden_size)
         inner, heads = config.heads * self.head_dim, config.heads
-        self.qkv_proj = nn.Linear(hidden_size, 3 * inner, bias=False)
+        self.qkv_proj = Linear(hidden_size, 3 * inner, bias=False)
         taps = config.conv_kernel if config.conv_kernel > 1 else 0
         self.conv = nn.Parameter(torch.empty(taps, 3 * inner)) if taps else None
         constant = config.has_decay and config.inner_rule.constant_decay
@@ -57,15 +58,15 @@ class NeuralMemory(nn.Module):
         self.gate_names = (
             ["theta"] + ["eta"] * config.has_momentum + ["alpha"] * (config.has_decay and not constant)
         )
-        self.gates = nn.Linear(hidden_size, len(self.gate_names) * heads)
+        self.gates = Linear(hidden_size, len(self.gate_names) * heads)
         shapes = layer_shapes(config, self.head_dim)
         learned = shapes if config.initial_memory == "learned" else shapes[:-1]
         self.initial = nn.ParameterList(torch.empty(heads, *shape) for shape in learned)
         n_persistent = 0 if config.placement == "mac" else config.n_persistent_tokens
         self.persistent = nn.Parameter(torch.empty(n_persistent, hidden_size)) if n_persistent else None
         self.norm_scale = nn.Parameter(torch.empty(heads, self.head_dim))
-        self.out_gate = nn.Linear(hidden_size, inner, bias=False) if config.gate else None
-        self.out_proj = nn.Linear(inner, hidden_size, bias=False)
+        self.out_gate = Linear(hidden_size, inner, bias=False) if config.gate else None
+        self.out_proj = Linear(inner, hidden_size, bias=False)
         self.kernels: str | None = None
         self.reset_parameters()
 

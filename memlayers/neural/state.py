@@ -6,7 +6,7 @@ import torch
 
 from memlayers.kernels.chunk_memory import ChunkState
 
-from ..memory import Fields
+from ..core.state import Fields
 from .config import NeuralMemoryConfig
 from .rules import RULES
 

@@ -2,13 +2,6 @@
 
 from .config import ProductKeyMemoryConfig
 from .module import ProductKeyMemory
-from .patch import ProductKeyMemories, product_key_memories, sparse_gradients, value_tables
+from .patch import ProductKeyMemories
 
-__all__ = [
-    "ProductKeyMemories",
-    "ProductKeyMemory",
-    "ProductKeyMemoryConfig",
-    "product_key_memories",
-    "sparse_gradients",
-    "value_tables",
-]
+__all__ = ["ProductKeyMemories", "ProductKeyMemory", "ProductKeyMemoryConfig"]

@@ -13,7 +13,9 @@ from memlayers.kernels.product_key_topk import product_key_topk
 from memlayers.kernels.weighted_gather import weighted_gather
 
 from ..config import ConfigError
+from ..core.linear import Linear
 from .config import ProductKeyMemoryConfig
+from .usage import SlotUsage
 
 Observer = Callable[[torch.Tensor, torch.Tensor], None]
 
@@ -52,21 +54,25 @@ class ProductKeyMemory(nn.Module):
         self.value_dim = value_width(config, hidden_size)
         self.n_slots = config.n_keys**2
         half = config.key_dim // 2
-        self.query = nn.Linear(hidden_size, config.heads * config.key_dim, bias=False)
+        self.query = Linear(hidden_size, config.heads * config.key_dim, bias=False)
         self.keys = nn.Parameter(torch.empty(config.heads, 2, config.n_keys, half))
         if config.qk_norm:
             self.query_norm = nn.Parameter(torch.empty(config.heads, 2, half))
             self.key_norm = nn.Parameter(torch.empty(config.heads, 2, half))
         self.values = new_values(config, hidden_size) if own_values else None
         if config.gate != "none":
-            self.gate = nn.Linear(
+            self.gate = Linear(
                 hidden_size, self.value_dim if config.gate == "silu" else 1, bias=config.gate == "learned"
             )
         if config.value_proj:
-            self.value_proj = nn.Linear(self.value_dim, hidden_size, bias=False)
+            self.value_proj = Linear(self.value_dim, hidden_size, bias=False)
         self.sparse, self.kernels = False, None
         self.observers: list[Observer] = []
         self.reset_parameters()
+
+    def new_counter(self) -> SlotUsage:
+        """What counts this memory's reads, see `observers`."""
+        return SlotUsage(self.config.heads, self.config.n_keys, self.keys.device)
 
     def reset_parameters(self) -> None:
         """Initial values of everything but the table, see `new_values`."""

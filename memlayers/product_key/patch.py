@@ -6,8 +6,9 @@ import torch
 from torch import nn
 
 from ..config import ConfigError, chosen_layers
-from ..memory import Memory
-from ..model import memories, mlp_of
+from ..core.hooks import PartHook
+from ..core.memory import Memory
+from ..core.model import mlp_of, text_config
 from .config import ProductKeyMemoryConfig
 from .module import ProductKeyMemory, new_values
 
@@ -32,90 +33,72 @@ class ProductKeyMemories(Memory):
 
     @classmethod
     def for_model(cls, config: ProductKeyMemoryConfig, model: nn.Module) -> ProductKeyMemories:
-        text = model.config.get_text_config(decoder=True)
+        text = text_config(model)
         layers = chosen_layers(config.layers, text.num_hidden_layers)
         for layer in layers:
-            mlp = mlp_of(model, layer)
-            if config.placement == "replace" and isinstance(mlp.__dict__.get("forward"), _Replacement):
+            if config.placement == "replace" and _is_replaced(mlp_of(model, layer)[1]):
                 raise ConfigError(
                     f"layers: another memory already takes the place of the MLP of layer {layer}"
                 )
         return cls(config, text.hidden_size, layers)
 
     def install(self, model: nn.Module) -> list:
-        handles = []
-        for layer, memory in self.layers.items():
-            mlp = mlp_of(model, int(layer))
-            reader = _Reader(self, memory, f"layer {layer}")
-            if self.config.placement == "beside":
-                handles.append(mlp.register_forward_hook(reader, with_kwargs=True))
-            else:
-                handles.append(_Replacement(reader, mlp))
-        return handles
+        hooks = []
+        for layer in map(int, self.layers):
+            first, last = mlp_of(model, layer)
+            if first is not last:  # an MLP that is no module: what comes in is kept until it goes out
+                hooks.append(PartHook(self, first, layer, "mlp input"))
+            hooks.append(PartHook(self, last, layer, "mlp"))
+        return hooks
 
-
-class _Reader:
-    """A forward hook of an MLP that adds what the memory reads from the MLP's input.
-
-    An object and not a closure, so that a deep copy of the model reads the copied memory."""
-
-    def __init__(self, owner: ProductKeyMemories, memory: ProductKeyMemory, where: str):
-        self.owner, self.memory, self.where = owner, memory, where
-
-    def read(self, args: tuple, kwargs: dict) -> torch.Tensor:
+    def around(self, hook: PartHook, block, args: tuple, kwargs: dict):
+        """What the MLP gives out with what the memory reads from its input, or that in its place."""
         x = args[0] if args else next(iter(kwargs.values()))
+        if block is not None:
+            place = block.name_of(self), f"mlp input {hook.layer}"
+            if hook.part == "mlp input":
+                block.reads[place] = x
+                return hook.original(*args, **kwargs)
+            x = block.reads.get(place, x)
+        if self.config.placement == "replace":
+            return self._read(hook.layer, x)
+        output = hook.original(*args, **kwargs)
+        if isinstance(output, tuple):  # mixtures of experts give their router's logits out too
+            return (output[0] + self._read(hook.layer, x), *output[1:])
+        return output + self._read(hook.layer, x)
+
+    def _read(self, layer: int, x: torch.Tensor) -> torch.Tensor:
         try:
-            return self.memory(x, self.owner.values)
+            return self.layers[str(layer)](x, self.values)
         except ValueError as error:
-            error.add_note(f"in the product-key memory of {self.where}")
+            error.add_note(f"in the product-key memory of layer {layer}")
             raise
 
-    def __call__(self, mlp: nn.Module, args: tuple, kwargs: dict, output):
-        if not self.owner.enabled:
-            return output
-        if isinstance(output, tuple):  # mixtures of experts give their router's logits out too
-            return (output[0] + self.read(args, kwargs), *output[1:])
-        return output + self.read(args, kwargs)
+    def tables(self) -> dict[str, nn.Parameter]:
+        return {name: p for name, p in self.named_parameters() if name.rsplit(".", 1)[-1] == "values"}
 
-
-class _Replacement:
-    """Stands as `forward` on an MLP: the memory reads, and the MLP is not computed while it is enabled."""
-
-    def __init__(self, reader: _Reader, mlp: nn.Module):
-        self.reader, self.mlp, self.below = reader, mlp, mlp.__dict__.get("forward")
-        mlp.__dict__["forward"] = self
-
-    def __call__(self, *args, **kwargs):
-        if self.reader.owner.enabled:
-            return self.reader.read(args, kwargs)
-        return (self.below or type(self.mlp).forward.__get__(self.mlp))(*args, **kwargs)
-
-    def remove(self) -> None:
-        """Give the MLP its own forward back."""
-        del self.mlp.__dict__["forward"]
-        if self.below is not None:
-            self.mlp.__dict__["forward"] = self.below
-
-
-def product_key_memories(model: nn.Module) -> dict[str, ProductKeyMemories]:
-    """The product-key memories of a model by name."""
-    return {name: m for name, m in memories(model).items() if isinstance(m, ProductKeyMemories)}
-
-
-def value_tables(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The value tables of a model, shared ones once, by their names in its state dict."""
-    tables = {
-        id(p) for m in product_key_memories(model).values() for n, p in m.named_parameters() if _is_table(n)
-    }
-    return {name: p for name, p in model.named_parameters() if id(p) in tables}
-
-
-def sparse_gradients(model: nn.Module, on: bool = True) -> None:
-    """Make the gradients of all value tables row-sparse (`torch.sparse_coo`), or dense again."""
-    for memory in product_key_memories(model).values():
-        for layer in memory.layers.values():
+    def sparse_gradients(self, on: bool = True) -> None:
+        for layer in self.layers.values():
             layer.sparse = on
 
+    def check_tables_can_learn(self) -> str | None:
+        for number, layer in self.layers.items():
+            if layer.config.value_proj and not layer.value_proj.weight.any():
+                return f"value_proj of {{name}}.layers.{number} is still 0, as it starts"
+        return None
 
-def _is_table(name: str) -> bool:
-    return name.rsplit(".", 1)[-1] == "values"
+    def readers(self) -> dict[str, tuple[nn.Module, str]]:
+        return {
+            f"layers.{n}": (layer, f"layers.{n}.values" if self.values is None else "values")
+            for n, layer in self.layers.items()
+        }
+
+
+def _is_replaced(mlp: nn.Module) -> bool:
+    """Whether a memory stands in place of an MLP."""
+    hook = mlp.__dict__.get("forward")
+    while isinstance(hook, PartHook):
+        if getattr(hook.memory.config, "placement", None) == "replace":
+            return True
+        hook = hook.below
+    return False

@@ -1,24 +1,10 @@
-"""Which slots are read: what a product-key memory uses of itself, and what lies dead.
-
-with track_usage(model) as usage:
-    model(**batch)
-usage["facts.layers.4"].summary()["slots_used"]
-"""
+"""`SlotUsage`: what a product-key memory uses of itself, and what lies dead."""
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Iterator
-from pathlib import Path
 
 import torch
-from torch import nn
-
-from ..files import write_whole
-from ..model import decoder_of
-from .module import ProductKeyMemory
-from .patch import product_key_memories
 
 
 class SlotUsage:
@@ -30,9 +16,8 @@ class SlotUsage:
         keys: (heads, 2, n_keys) int64, how often each key was part of a slot that was read.
     """
 
-    def __init__(self, memory: ProductKeyMemory):
-        self.heads, self.n_keys = memory.config.heads, memory.config.n_keys
-        device = memory.keys.device
+    def __init__(self, heads: int, n_keys: int, device: torch.device):
+        self.heads, self.n_keys = heads, n_keys
         self.reads = torch.zeros(self.n_keys**2, dtype=torch.int64, device=device)
         self.weights = torch.zeros(self.n_keys**2, dtype=torch.float64, device=device)
         self.keys = torch.zeros(self.heads, 2, self.n_keys, dtype=torch.int64, device=device)
@@ -95,93 +80,3 @@ def concentration(use: torch.Tensor) -> dict[str, float]:
     rank = torch.arange(1, n + 1, device=use.device, dtype=use.dtype)
     gini = float((2 * rank - n - 1) @ share.sort().values) / n
     return {"effective_slots": math.exp(entropy), "kl_from_uniform": math.log(n) - entropy, "gini": gini}
-
-
-@contextlib.contextmanager
-def track_usage(model: nn.Module) -> Iterator[dict[str, SlotUsage]]:
-    """Count the reads of all product-key memories of `model` while the context lasts.
-
-    Padding, by the attention_mask of each call, does not count. Where memory tokens cut a text in segments,
-    every position counts, as the layers see it. Under gradient checkpointing the layers run twice and so do
-    the counts; shares stay what they are.
-
-    Yields:
-        `name.layers.number` → its `SlotUsage`.
-    """
-    usage, mask = {}, _Mask()
-    handle = decoder_of(model).register_forward_pre_hook(mask, with_kwargs=True)
-    observers = []
-    for name, memory in product_key_memories(model).items():
-        for number, layer in memory.layers.items():
-            usage[f"{name}.layers.{number}"] = counter = SlotUsage(layer)
-            observers.append((layer, _Observer(counter, mask)))
-    try:
-        for layer, observer in observers:
-            layer.observers.append(observer)
-        yield usage
-    finally:
-        handle.remove()
-        for layer, observer in observers:
-            layer.observers.remove(observer)
-
-
-class _Mask:
-    """A pre-hook of the decoder that keeps the mask (batch, tokens) of the call that runs."""
-
-    def __init__(self):
-        self.mask: torch.Tensor | None = None
-
-    def __call__(self, decoder: nn.Module, args: tuple, kwargs: dict) -> None:
-        inputs = args[0] if args else kwargs.get("input_ids")
-        inputs = kwargs.get("inputs_embeds") if inputs is None else inputs
-        given = kwargs.get("attention_mask")
-        flat = given is not None and given.dim() == 2 and inputs is not None
-        self.mask = given[:, -inputs.shape[1] :].bool() if flat else None
-
-
-class _Observer:
-    def __init__(self, counter: SlotUsage, mask: _Mask):
-        self.counter, self.mask = counter, mask
-
-    def __call__(self, indices: torch.Tensor, weights: torch.Tensor) -> None:
-        mask = self.mask.mask
-        fits = mask is not None and mask.shape == indices.shape[:-1]
-        self.counter.add(indices, weights, mask if fits else None)
-
-
-def reads_of_tables(model: nn.Module, usage: dict[str, SlotUsage]) -> dict[str, torch.Tensor]:
-    """Reads (n_slots,) int64 of each value table, by its name in the model's state dict; where layers share one,
-    the sum over them."""
-    reads: dict[str, torch.Tensor] = {}
-    for name, memory in product_key_memories(model).items():
-        for number in memory.layers:
-            own = f"memlayers.{name}.layers.{number}.values"
-            table = own if memory.values is None else f"memlayers.{name}.values"
-            new = usage[f"{name}.layers.{number}"].reads
-            reads[table] = reads[table] + new if table in reads else new.clone()
-    return reads
-
-
-def draw_usage(usage: dict[str, SlotUsage], path: str | Path) -> None:
-    """A picture: the share of all reads that each slot gets, by rank, and the Lorenz curve, a line a layer."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(10, 4.2), layout="constrained")
-    by_rank, lorenz = figure.subplots(1, 2)
-    for name, counter in usage.items():
-        figures, n = counter.summary(), len(counter.reads)
-        share = (counter.reads.sort(descending=True).values.double() / counter.reads.sum().clamp(min=1)).cpu()
-        used = share[share > 0]
-        by_rank.plot(
-            range(1, len(used) + 1), used, label=f"{name}: {figures['slots_used']:.0%} of {n:,} used"
-        )
-        lorenz.plot(
-            torch.linspace(0, 1, n), share.flip(0).cumsum(0), label=f"{name}: Gini {figures['gini']:.2f}"
-        )
-    by_rank.axhline(1 / n, color="grey", linestyle=":", label="even use")
-    lorenz.plot([0, 1], [0, 1], color="grey", linestyle=":", label="even use")
-    by_rank.set(xscale="log", yscale="log", xlabel="slot, by rank", ylabel="share of all reads")
-    lorenz.set(xlabel="share of the slots, least read first", ylabel="share of all reads")
-    for axes in (by_rank, lorenz):
-        axes.legend(fontsize=8)
-    write_whole(Path(path), lambda target: figure.savefig(target, format="png", dpi=120))

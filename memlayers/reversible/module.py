@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..config import ConfigError
+from ..core.linear import Linear
 from .config import ReversibleMemoryConfig
 
 
@@ -128,8 +129,8 @@ class Coupling(nn.Module):
         self.norm_1, self.norm_2 = nn.RMSNorm(half, eps=1e-6), nn.RMSNorm(half, eps=1e-6)
         self.places = nn.Parameter(torch.randn(n_slots + n_inputs, half) / 2)
         self.route = nn.Parameter(first_route(n_slots, n_inputs, heads))
-        self.qkv, self.out = nn.Linear(half, 3 * width, bias=False), nn.Linear(width, half, bias=False)
-        self.up, self.down = nn.Linear(half, inner), nn.Linear(inner, half, bias=False)
+        self.qkv, self.out = Linear(half, 3 * width, bias=False), Linear(width, half, bias=False)
+        self.up, self.down = Linear(half, inner), Linear(inner, half, bias=False)
         for last in (self.out, self.down):
             nn.init.normal_(last.weight, std=0.5 / last.in_features**0.5)
 
@@ -181,6 +182,6 @@ def _normed(norm: nn.RMSNorm, x: torch.Tensor) -> torch.Tensor:
     return F.rms_norm(x, norm.normalized_shape, norm.weight.to(x.dtype), norm.eps)
 
 
-def _linear(layer: nn.Linear, x: torch.Tensor) -> torch.Tensor:
+def _linear(layer: Linear, x: torch.Tensor) -> torch.Tensor:
     """In x's dtype, whatever that of the weights: bfloat16 would not come back exactly."""
     return F.linear(x, layer.weight.to(x.dtype), None if layer.bias is None else layer.bias.to(x.dtype))

@@ -8,15 +8,16 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..memory import Fields, Memory, append_rows, embedding_std
-from ..model import memories
-from ..segment_plan import Plan, take
-from ..state import MemoryState
+from ..core.masks import padding_first, padding_last
+from ..core.memory import StatefulMemory, append_rows
+from ..core.model import embedding_std, embedding_width, memories
+from ..core.schedule import Plan, Schedule, take
+from ..core.state import Fields, MemoryState
 from .config import ReversibleMemoryConfig
 from .module import ReversibleCompressor, token_scores
 
 
-class ReversibleMemory(Memory):
+class ReversibleMemory(StatefulMemory):
     """Memory tokens of all segments so far, read before the next one; text can be read back of them.
 
     State, per row: `compressed` (batch, slots, hidden_size) float32, as the compressor leaves it, right-aligned, n_tokens
@@ -29,14 +30,11 @@ class ReversibleMemory(Memory):
         norm, proj: from memory to what the base reads; they begin as embeddings' size and 1.
     """
 
-    from_text = True
-    signature = "compressed"
-    reads_back = True
-
     def __init__(self, config: ReversibleMemoryConfig, hidden_size: int, embedding_std: float = 0.02):
         super().__init__(config)
         self.hidden_size = hidden_size
         self.segment_length, self.n_extra_tokens = config.segment_length, config.n_tokens
+        self.schedule = Schedule.segments(config.segment_length)
         self.compressor = ReversibleCompressor(config, hidden_size)
         self.log_std = nn.Parameter(torch.tensor(math.log(embedding_std)))
         self.norm = nn.RMSNorm(hidden_size, eps=1e-6)
@@ -45,7 +43,7 @@ class ReversibleMemory(Memory):
 
     @classmethod
     def for_model(cls, config: ReversibleMemoryConfig, model: nn.Module) -> ReversibleMemory:
-        return cls(config, model.get_input_embeddings().embedding_dim, embedding_std(model))
+        return cls(config, embedding_width(model), embedding_std(model))
 
     def new_state(self, batch_size: int) -> Fields:
         """No slots."""
@@ -56,24 +54,24 @@ class ReversibleMemory(Memory):
             "length": torch.zeros(batch_size, **whole),
         }
 
-    def read(self, state: Fields) -> tuple[torch.Tensor, torch.Tensor]:
+    def read_inputs(self, fields: Fields) -> tuple[torch.Tensor, torch.Tensor]:
         """Tokens to put before a segment: (batch, slots, hidden_size) and which are in use (batch, slots)."""
-        memory = state["compressed"]
+        memory = fields["compressed"]
         with torch.autocast(memory.device.type, enabled=False):
             shown = F.rms_norm(memory, (self.hidden_size,), self.norm.weight.float(), 1e-6)
             shown = shown @ self.proj.float().T
         slot = torch.arange(memory.shape[1], device=memory.device)
-        return shown, slot >= memory.shape[1] - state["length"][:, None]
+        return shown, slot >= memory.shape[1] - fields["length"][:, None]
 
-    def update(self, state: Fields, segment: torch.Tensor, mask: torch.Tensor) -> Fields:
+    def update(self, fields: Fields, written: None, segment: torch.Tensor, mask: torch.Tensor) -> Fields:
         """Memory after a segment of embeddings (batch, tokens, hidden_size); mask (batch, tokens) bool, False at
         padding. Rows without a token keep their memory."""
         n_tokens, active = mask.sum(1), mask.any(1)
         memory = self.compress(*_on_the_left(segment, mask, self.segment_length))
         return {
-            "compressed": append_rows(state["compressed"], memory, active),
-            "tokens": append_rows(state["tokens"], n_tokens[:, None], active),
-            "length": state["length"] + active * memory.shape[1],
+            "compressed": append_rows(fields["compressed"], memory, active),
+            "tokens": append_rows(fields["tokens"], n_tokens[:, None], active),
+            "length": fields["length"] + active * memory.shape[1],
         }
 
     def compress(self, embeds: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -95,7 +93,7 @@ class ReversibleMemory(Memory):
     def _unit(self, embeds: torch.Tensor) -> torch.Tensor:
         return embeds.float() / self.log_std.float().exp()
 
-    def cycle_loss(self, model: nn.Module, input_ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    def extra_loss(self, model: nn.Module, input_ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """Mean cross-entropy (nats) of the tokens of text (batch, tokens) when each segment is compressed and read back,
         the mean over reading back from every level; mask (batch, tokens) bool, False at padding. The memory that a call of
         `model` leaves is that of the last level."""
@@ -107,6 +105,14 @@ class ReversibleMemory(Memory):
                 scores = token_scores(self.compressor.restore(memory, used, level)[used], table)
                 losses.append(F.cross_entropy(scores, ids[used]))
         return torch.stack(losses).mean()
+
+    def check_extra_loss(self, weight: float) -> str | None:
+        if weight == 0 and self.config.backwards == "separate":
+            return (
+                "is 0, and nothing else teaches the decoder of memory {name!r} (backwards: separate); give it a weight, or "
+                "set backwards: inverse"
+            )
+        return None
 
     @torch.no_grad()
     def read_back(self, model: nn.Module, fields: Fields) -> tuple[torch.Tensor, torch.Tensor]:
@@ -120,7 +126,7 @@ class ReversibleMemory(Memory):
             rows = slice(start, start + 64)
             ids[rows] = self.scores(memory[rows], mask[rows], model).argmax(-1)
         ids, mask = (x.reshape(batch, n_segments * self.segment_length) for x in (ids * mask, mask))
-        order = mask.int().argsort(dim=1, stable=True)
+        order = padding_first(mask)
         longest = int(mask.sum(1).max()) if mask.numel() else 0
         start = mask.shape[1] - longest
         return ids.gather(1, order)[:, start:], mask.gather(1, order)[:, start:]
@@ -152,7 +158,9 @@ def read_back(
     Raises:
         ValueError: no such memory, several and no name, or a state of another memory.
     """
-    found = {n: m for n, m in memories(model).items() if m.reads_back and name in (None, n)}
+    found = {
+        n: m for n, m in memories(model).items() if isinstance(m, ReversibleMemory) and name in (None, n)
+    }
     if len(found) != 1:
         raise ValueError(
             f"read_back needs one memory that can be read back, found {sorted(found) or 'none'} among "
@@ -167,7 +175,7 @@ def read_back(
 
 def _on_the_left(x: torch.Tensor, mask: torch.Tensor, width: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The real tokens of (rows, tokens, ...) on the left of `width` places, and their mask."""
-    order = (~mask).int().argsort(dim=1, stable=True)
+    order = padding_last(mask)
     missing = width - mask.shape[1]
     x = take(x, order).masked_fill(~mask.gather(1, order)[..., None], 0)
     return F.pad(x, (0, 0, 0, missing)), F.pad(mask.gather(1, order), (0, missing))

@@ -2,6 +2,6 @@
 
 from .config import TaskTokensConfig
 from .module import TaskRows
-from .patch import TaskTokens, frozen_rows, task_tokens
+from .patch import TaskTokens, task_tokens
 
-__all__ = ["TaskRows", "TaskTokens", "TaskTokensConfig", "frozen_rows", "task_tokens"]
+__all__ = ["TaskRows", "TaskTokens", "TaskTokensConfig", "task_tokens"]

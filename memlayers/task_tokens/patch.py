@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from ..config import ConfigError
-from ..memory import Memory
-from ..model import ROOT, memories
+from ..core.memory import Memory
+from ..core.model import memories
 from .config import TaskTokensConfig
 from .covers import Embedding, Head, Loss, TransitionScores, embed_scale
 from .module import BaseRows, TaskRows
@@ -80,9 +80,9 @@ class TaskTokens(Memory):
         head = model.get_output_embeddings()
         return [
             Embedding(self, model.get_input_embeddings()),
-            head.register_forward_hook(Head(self)),
-            Loss(self, model),
-            TransitionScores(self, model),
+            Head(self, head),
+            Loss(model),
+            TransitionScores(model),
         ]
 
     @property
@@ -201,6 +201,18 @@ class TaskTokens(Memory):
         """Whether the config lets the row at a place learn."""
         return self.config.train is None or self.config.names[place] in self.config.train
 
+    def frozen_parameters(self) -> set[str]:
+        return {
+            f"rows.{side}.{place}"
+            for side, rows in self.rows.sides().items()
+            for place in rows
+            if not self.learns(int(place))
+        }
+
+    def after_step(self) -> None:
+        if self.config.renormalize:
+            self.renormalize_()
+
     @torch.no_grad()
     def renormalize_(self) -> None:
         """Bring the rows that learn back to the mean length of the base's rows. Where nobody calls it after a step:
@@ -220,6 +232,16 @@ class TaskTokens(Memory):
             ValueError: it has no room for them, or such a token already; it is then as it was.
         """
         add_to_tokenizer(tokenizer, self.first_id, self.config.names)
+
+    def check_size(self, embedding: nn.Module) -> None:
+        """Raise ValueError where the embedding was resized, so that ids of procedures are now the base's."""
+        n_rows = embedding.weight.shape[0]
+        if n_rows != self.first_id:
+            raise ValueError(
+                f"the model's embedding had {self.first_id} rows when the task tokens were attached and has {n_rows} now, so "
+                "that their ids are taken. Resize before ml.attach: save the procedures with export, detach, resize, attach, "
+                "add_exported"
+            )
 
     def check_ids(self, ids: torch.Tensor) -> None:
         """Raise ValueError where `ids` (...) int64 has one of a free place or one past the last."""
@@ -268,14 +290,3 @@ class TaskTokens(Memory):
 def task_tokens(model: nn.Module) -> dict[str, TaskTokens]:
     """The task tokens of a model by name: none or one."""
     return {name: m for name, m in memories(model).items() if isinstance(m, TaskTokens)}
-
-
-def frozen_rows(model: nn.Module) -> set[str]:
-    """Names, in the model's state dict, of the rows that `train` leaves out."""
-    return {
-        f"{ROOT}.{name}.rows.{side}.{place}"
-        for name, memory in task_tokens(model).items()
-        for side, rows in memory.rows.sides().items()
-        for place in rows
-        if not memory.learns(int(place))
-    }

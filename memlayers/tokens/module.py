@@ -6,18 +6,21 @@ import torch
 from torch import nn
 
 from ..config import layer_index
-from ..memory import Fields, Memory, append_rows, embedding_std
+from ..core.memory import StatefulMemory, append_rows
+from ..core.model import embedding_std, embedding_width, text_config
+from ..core.schedule import Schedule
+from ..core.state import Fields
 from .config import MemoryTokensConfig
 from .prefix import PrefixWriter
 
 
-class MemoryTokens(Memory):
+class MemoryTokens(StatefulMemory):
     """What is read before a segment, what writes after it, and how written states become memory.
 
-    State, per row: `memory` (batch, slots, hidden_size) float32, right-aligned, and `length` (batch,) int64,
-    the slots in use. Recurrent memory always has `n_tokens` slots; accumulated memory grows by `n_tokens`
-    with every segment, and rows that wrote less have unused slots on the left. In prefix mode also `output` and `cell`
-    (batch, writer_dim) float32, of the recurrent network.
+    State, per row: `memory` (batch, slots, hidden_size) float32, right-aligned, and `length` (batch,) int64, the slots
+    that were written and are read. Recurrent memory always has `n_tokens` slots, of which none is read before the first
+    segment was written; accumulated memory grows by `n_tokens` with every segment, and rows that wrote less have unused
+    slots on the left. In prefix mode also `output` and `cell` (batch, writer_dim) float32, of the recurrent network.
 
     Args:
         config: fields, see `MemoryTokensConfig`.
@@ -26,22 +29,20 @@ class MemoryTokens(Memory):
             enters the model.
     """
 
-    signature = "memory"
-
     def __init__(self, config: MemoryTokensConfig, hidden_size: int, embedding_std: float = 0.02):
         super().__init__(config)
         self.hidden_size = hidden_size
-        self.segment_length = config.segment_length
+        self.schedule = Schedule.segments(config.segment_length)
         self.write_layer = config.write_layer
         self.replaces, self.by_prefix = config.mode != "accumulate", config.mode == "prefix"
         self.n_extra_tokens = config.n_tokens * (1 if self.by_prefix else 2)
         shape = (config.n_tokens, hidden_size)
-        if self.replaces:
-            self.initial_memory = nn.Parameter(torch.randn(shape) * embedding_std)
         if self.by_prefix:
             width = config.writer_dim or hidden_size
             self.writer = PrefixWriter(hidden_size, config.n_tokens, width, embedding_std)
-        elif not self.replaces or config.write_input == "learned":
+        elif self.replaces and config.write_input == "memory":
+            self.initial_memory = nn.Parameter(torch.randn(shape) * embedding_std)
+        else:
             self.write_tokens = nn.Parameter(torch.randn(shape) * embedding_std)
         if config.projection != "none":
             self.norm = nn.RMSNorm(hidden_size, eps=1e-6)
@@ -50,57 +51,62 @@ class MemoryTokens(Memory):
 
     @classmethod
     def for_model(cls, config: MemoryTokensConfig, model: nn.Module) -> MemoryTokens:
-        memory = cls(config, model.get_input_embeddings().embedding_dim, embedding_std(model))
-        n_layers = model.config.get_text_config(decoder=True).num_hidden_layers
+        memory = cls(config, embedding_width(model), embedding_std(model))
+        n_layers = text_config(model).num_hidden_layers
         memory.write_layer = layer_index(config.write_layer, n_layers, "write_layer")
         return memory
 
     def new_state(self, batch_size: int) -> Fields:
-        """Memory before anything was read: the learned initial memory, or no slots when accumulating."""
-        if self.replaces:
+        """Memory before anything was read, none of which is read: what the first segment writes with (the learned initial
+        memory), zeros where it writes with something else, or no slots when accumulating."""
+        if hasattr(self, "initial_memory"):
             memory = self.initial_memory.float().expand(batch_size, -1, -1)
         else:
-            memory = self.write_tokens.new_zeros(batch_size, 0, self.hidden_size, dtype=torch.float32)
-        length = torch.full((batch_size,), memory.shape[1], dtype=torch.int64, device=memory.device)
+            slots, device = self.config.n_tokens if self.replaces else 0, next(self.parameters()).device
+            memory = torch.zeros(batch_size, slots, self.hidden_size, device=device)
+        length = torch.zeros(batch_size, dtype=torch.int64, device=memory.device)
         fields = {"memory": memory, "length": length}
         if self.by_prefix:
             fields["output"], fields["cell"] = self.writer.new_state(batch_size)
         return fields
 
-    def read(self, state: Fields) -> tuple[torch.Tensor, torch.Tensor]:
+    def read_inputs(self, fields: Fields) -> tuple[torch.Tensor, torch.Tensor]:
         """Tokens to put before a segment: (batch, slots, hidden_size) and which are in use (batch, slots)."""
-        memory, length = state["memory"], state["length"]
+        memory, length = fields["memory"], fields["length"]
         slot = torch.arange(memory.shape[1], device=memory.device)
         return memory, slot >= memory.shape[1] - length[:, None]
 
-    def write_inputs(self, state: Fields) -> torch.Tensor | None:
+    def write_inputs(self, fields: Fields) -> torch.Tensor | None:
         """Tokens to put after a segment; `update` takes what comes of them: (batch, n_tokens, hidden_size). None in
         prefix mode, where it takes what comes of the segment's last token."""
         if self.by_prefix:
             return None
         if hasattr(self, "write_tokens"):
-            return self.write_tokens.expand(state["memory"].shape[0], -1, -1)
-        return state["memory"]
+            return self.write_tokens.expand(fields["memory"].shape[0], -1, -1)
+        return fields["memory"]
 
-    def update(self, state: Fields, hidden: torch.Tensor, active: torch.Tensor) -> Fields:
-        """Memory after a segment.
+    def update(
+        self, fields: Fields, written: torch.Tensor, segment: torch.Tensor | None, mask: torch.Tensor
+    ) -> Fields:
+        """Memory after a segment; rows without a token in it keep theirs.
 
         Args:
-            state: memory before it.
-            hidden: what `write_layer` gave out at the write tokens, (batch, n_tokens, hidden_size); or, without such,
+            fields: memory before it.
+            written: what `write_layer` gave out at the write tokens, (batch, n_tokens, hidden_size); or, without such,
                 at the last token of the segment, (batch, 1, hidden_size).
-            active: rows (batch,) bool that had a segment; the others keep their memory.
+            mask: (batch, tokens) bool, False at padding of the segment.
         """
-        after, hidden = dict(state), hidden.float()
+        after, hidden, active = dict(fields), written.float(), mask.any(1)
         with torch.autocast(hidden.device.type, enabled=False):
             if self.by_prefix:
-                hidden, output, cell = self.writer(hidden[:, 0], state["output"], state["cell"])
-                after["output"] = torch.where(active[:, None], output, state["output"])
-                after["cell"] = torch.where(active[:, None], cell, state["cell"])
+                hidden, output, cell = self.writer(hidden[:, 0], fields["output"], fields["cell"])
+                after["output"] = torch.where(active[:, None], output, fields["output"])
+                after["cell"] = torch.where(active[:, None], cell, fields["cell"])
             written = self._project(hidden)
-        memory, length = state["memory"], state["length"]
+        memory, length = fields["memory"], fields["length"]
         if self.replaces:
-            return {**after, "memory": torch.where(active[:, None, None], written, memory)}
+            after["memory"] = torch.where(active[:, None, None], written, memory)
+            return {**after, "length": torch.where(active, written.shape[1], length)}
         return {
             "memory": append_rows(memory, written, active),
             "length": length + active * written.shape[1],
@@ -113,11 +119,9 @@ class MemoryTokens(Memory):
             written = written @ self.proj.float().T
         return written
 
-    @classmethod
-    def wrote(cls, fields: Fields) -> str | None:
-        said = super().wrote(fields)
-        mode = "prefix" if "cell" in fields else "recurrent or accumulate"  # whose states look alike
-        return said and f"{said} in mode {mode}"
+    @property
+    def state_kind(self) -> str:
+        return f"{self.config.type} in mode {self.config.mode}"
 
     def check_state(self, fields: Fields, name: str) -> None:
         super().check_state(fields, name)

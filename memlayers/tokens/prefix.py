@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..core.linear import Linear
+
 
 class PrefixWriter(nn.Module):
     """An MLP, an LSTM cell and a linear map (MemoryPrompt, 2402.15268). It works in float32, whatever its weights.
@@ -21,9 +23,9 @@ class PrefixWriter(nn.Module):
         super().__init__()
         self.n_tokens, self.writer_dim = n_tokens, writer_dim
         self.norm = nn.RMSNorm(hidden_size, eps=1e-6)
-        self.mlp = nn.Linear(hidden_size, writer_dim)
+        self.mlp = Linear(hidden_size, writer_dim)
         self.lstm = nn.LSTMCell(writer_dim, writer_dim)
-        self.out = nn.Linear(writer_dim, n_tokens * hidden_size)
+        self.out = Linear(writer_dim, n_tokens * hidden_size)
         nn.init.normal_(self.out.bias, std=std)
 
     def new_state(self, batch_size: int) -> tuple[torch.Tensor, torch.Tensor]:

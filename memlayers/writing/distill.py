@@ -6,9 +6,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
-from transformers.cache_utils import DynamicCache
 
-from ..model import decoder_of, max_positions, stateful, still
+from ..core.masks import positions_of
+from ..core.model import decoder_of, device_of, eval_mode, max_positions, new_cache, without_state
 from .config import DistillSection
 from .segments import Segments, right_aligned
 
@@ -35,17 +35,15 @@ def of_teacher(
     Raises:
         ValueError: a text without tokens, or one that leaves no positions for a continuation.
     """
-    from ..attach import disabled  # attach knows every kind of memory, and so this room
-
-    device, rows = model.get_input_embeddings().weight.device, len(input_ids)
+    device, rows = device_of(model), len(input_ids)
     ids, used = right_aligned(input_ids.to(device), mask.to(device))
     _check(model, used, config)
-    positions = (used.cumsum(1) - 1).clamp(min=0)
+    positions = positions_of(used)
     generator = torch.Generator().manual_seed(config.seed)
     numbers = torch.rand(config.length, 1, config.continuations, generator=generator, dtype=torch.float64)
     ends = _ends(model, device)
-    with disabled(model, *stateful(model)), still(model):
-        cache = DynamicCache(config=decoder_of(model).config.get_text_config(decoder=True))
+    with without_state(model), eval_mode(model):
+        cache = new_cache(decoder_of(model))
         seen = used.long()
         said = _read(model, ids, seen, positions, cache).repeat_interleave(config.continuations, 0)
         cache.batch_repeat_interleave(config.continuations)

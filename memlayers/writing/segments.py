@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
+from ..core.masks import padding_first, padding_last
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
@@ -44,7 +46,7 @@ def of_text(input_ids: torch.Tensor, mask: torch.Tensor, segment_length: int) ->
         raise ValueError(
             f"row {short[0]} has one token; a LoRA memory learns to predict the next, so write two at least"
         )
-    order = (~mask).int().argsort(dim=1, stable=True)
+    order = padding_last(mask)
     packed = input_ids.gather(1, order)
     n_segments = max(1, -(-(int(lengths.max()) - 1) // segment_length))
     width = min(segment_length, max(int(lengths.max()) - 1, 1)) + 1
@@ -62,7 +64,7 @@ def of_text(input_ids: torch.Tensor, mask: torch.Tensor, segment_length: int) ->
 
 def right_aligned(input_ids: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Rows (batch, tokens) with their padding, wherever it stands, in front; and their mask."""
-    order = mask.int().argsort(dim=1, stable=True)
+    order = padding_first(mask)
     return input_ids.gather(1, order), mask.gather(1, order)
 
 

@@ -17,9 +17,10 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm.auto import tqdm
 
-from ..memory import Fields
-from ..passes import recomputes_reentrant
-from ..state import MemoryCache, MemoryState
+from ..core.hooks import recomputes_reentrant
+from ..core.linear import Linear
+from ..core.model import device_of
+from ..core.state import Fields, MemoryCache, MemoryState
 from .config import WriterSection
 from .distill import of_teacher
 from .inner import InnerOptimizer
@@ -48,7 +49,7 @@ class Writer(nn.Module):
         if config.token_weights:
             width = max(hidden_size // 4, 1)
             self.token_weights = nn.Sequential(
-                nn.Linear(hidden_size, width), nn.GELU(), nn.Linear(width, 1, bias=False)
+                Linear(hidden_size, width), nn.GELU(), Linear(width, 1, bias=False)
             )
             nn.init.zeros_(self.token_weights[-1].weight)
 
@@ -111,7 +112,7 @@ class Writer(nn.Module):
         for step in range(self.config.steps):
             through = differentiable and step >= self.config.steps - self.config.n_unrolled
             given = fields if through else {field: x.detach().requires_grad_() for field, x in fields.items()}
-            read = MemoryState({**state.fields, name: {**state[name], **given}})
+            read = state.replace({name: {**state[name], **given}})
             part, said = self._batch(step, segments, teacher)
             losses = row_losses(model, part, read, self.token_weights, said)
             self._check(losses, step)
@@ -167,10 +168,9 @@ def row_losses(
             KL(teacher || model) over the tokens of `segments.mask` instead.
     """
     rows, n_segments = segments.ids.shape[:2]
-    device = model.get_input_embeddings().weight.device
+    device = device_of(model)
     ids, mask, learned = (x.flatten(0, 1).to(device) for x in segments)
-    cache = MemoryCache(state)
-    cache.shared_by = n_segments
+    cache = MemoryCache(state, rows_per_state=n_segments)
     output = model(
         input_ids=ids,
         attention_mask=mask.long(),

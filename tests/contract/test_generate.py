@@ -5,6 +5,7 @@ import torch
 from matrix import SEGMENT, TEXT, cases, llama, near, pad, positions, same_state, tokens
 
 import memlayers as ml
+from memlayers.core.model import stateful
 
 STATEFUL = (lambda kind: kind.stateful, "keeps no state")
 PROMPT, NEW = SEGMENT + 3, 9  # the prompt ends inside its second segment, the answer crosses two segment ends
@@ -25,10 +26,14 @@ def generate(model, ids, new=NEW, mask=None, **options):
     return output.sequences[:, ids.shape[1] :], torch.stack(output.logits, 1), output
 
 
+def reads_in_segments(model):
+    return any(memory.schedule.kv == "drop" for memory in stateful(model).values())
+
+
 def recompute(model, ids, answer, state=None, writes=False):
     """Logits for each token of `answer` without any cache: the text so far in one call when decoding writes or
     nothing is ever written, else the prompt in one call and the answer in one more, which writes nothing."""
-    if writes or (state is None and not ml.model.segmented(model)):
+    if writes or (state is None and not reads_in_segments(model)):
         whole = model(torch.cat([ids, answer[:, :-1]], 1), memory_state=state, use_cache=False).logits
         return whole[:, ids.shape[1] - 1 :]
     prompt = model(ids, memory_state=state, use_cache=False)

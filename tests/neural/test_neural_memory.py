@@ -7,7 +7,7 @@ from torch.utils.checkpoint import checkpoint
 
 from memlayers.neural import NeuralMemory, NeuralMemoryConfig
 from memlayers.neural.streams import streams
-from memlayers.state import MemoryState
+from memlayers.core.state import MemoryState
 from tests.neural.neural_cases import CASES, CHUNK, HIDDEN, assert_same, cat, memory, rows, tokens
 
 

@@ -7,7 +7,7 @@ from safetensors.torch import load_file
 
 import memlayers as ml
 from memlayers.config import chosen_layers
-from memlayers.product_key import sparse_gradients, value_tables
+from memlayers.core.model import sparse_gradients, value_tables
 
 SMALL = {"n_keys": 8, "heads": 2, "top_k": 4, "key_dim": 8}
 
@@ -85,6 +85,7 @@ def test_replace_leaves_the_mlp_uncomputed_until_disabled():
         with_memory(model, "more", layers=[1], placement="replace")
     with_memory(model, "beside", layers=[1])  # one beside it is fine
     ml.detach(model, "facts")
+    ml.detach(model, "beside")
     assert "forward" not in vars(model.model.layers[1].mlp)
 
 

@@ -9,7 +9,8 @@ from PIL import Image
 from scipy import stats
 
 import memlayers as ml
-from memlayers.product_key.usage import SlotUsage, concentration, draw_usage, reads_of_tables, track_usage
+from memlayers.core.usage import draw_usage, reads_of_tables, track_usage
+from memlayers.product_key.usage import concentration
 
 
 def memory(**fields):
@@ -23,7 +24,7 @@ def reads(rows=4, seed=0):
 
 
 def test_counts_equal_a_plain_loop():
-    usage, (indices, weights) = SlotUsage(memory()), reads()
+    usage, (indices, weights) = memory().new_counter(), reads()
     mask = torch.rand(4, 7) < 0.6
     usage.add(indices, weights, mask)
     usage.add(indices, weights)
@@ -57,12 +58,12 @@ def test_figures_at_their_limits():
     assert even["effective_slots"] == pytest.approx(50) and even["gini"] == pytest.approx(0, abs=1e-6)
     assert even["kl_from_uniform"] == pytest.approx(0, abs=1e-6)
     assert one["effective_slots"] == pytest.approx(1) and one["gini"] == pytest.approx(0.98)
-    empty = SlotUsage(memory()).summary()
+    empty = memory().new_counter().summary()
     assert empty.pop("keys_dead") == 1.0 and set(empty.values()) == {0.0}
 
 
 def test_weights_can_tell_another_story_than_reads():
-    usage, (indices, weights) = SlotUsage(memory()), reads()
+    usage, (indices, weights) = memory().new_counter(), reads()
     weights = torch.where(indices == 3, weights, weights * 1e-3)
     usage.add(indices, weights)
     figures = usage.summary()

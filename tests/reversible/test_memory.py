@@ -27,7 +27,7 @@ def trained(steps: int = 60, rate: float = 2e-2, **fields):
     optimizer, losses = torch.optim.AdamW(memory.parameters(), lr=rate), []
     for step in range(steps):
         ids = tokens(32, SIZE, seed=step) % 20 + 300
-        loss = memory.cycle_loss(model, ids, torch.ones_like(ids, dtype=torch.bool))
+        loss = memory.extra_loss(model, ids, torch.ones_like(ids, dtype=torch.bool))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -55,7 +55,7 @@ def test_the_cycle_loss_by_hand(ratios):
     expected = torch.tensor([torch.tensor(level).mean() for level in losses]).mean()
     for side in ("left", "right"):
         ids, mask = pad(rows, side)
-        torch.testing.assert_close(memory.cycle_loss(model, ids, mask.bool()), expected)
+        torch.testing.assert_close(memory.extra_loss(model, ids, mask.bool()), expected)
 
 
 @torch.no_grad()

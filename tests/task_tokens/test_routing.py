@@ -8,6 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import memlayers as ml
+from memlayers.core.model import base_parameters
 from memlayers.tasks.passkey import PasskeyConfig, PasskeyTask
 
 BASE = Path(ml.__file__).parent / "demo" / "base"
@@ -74,7 +75,7 @@ def test_two_procedures_route_and_a_third_leaves_them_as_they_are():
     assert routed >= 0.8 and right >= 0.8, (routed, right)  # three seeds: 1.0 and 1.0 each
 
     before = {name: row.detach().clone() for name, row in memory.named_parameters()}
-    base = {name: p.detach().clone() for name, p in ml.model.base_parameters(model)}
+    base = {name: p.detach().clone() for name, p in base_parameters(model)}
     memory.add("rain", init_from=SAYS["rain"], tokenizer=tokenizer)
     memory.learn(["rain"])
     train(model, memory, tokenizer, ["rain", *known], steps=80)
@@ -83,4 +84,4 @@ def test_two_procedures_route_and_a_third_leaves_them_as_they_are():
     now = dict(memory.named_parameters())
     assert now.keys() - before.keys() == {"rows.input.2"}
     assert all(torch.equal(now[name], row) for name, row in before.items())
-    assert all(torch.equal(p, base[name]) for name, p in ml.model.base_parameters(model))
+    assert all(torch.equal(p, base[name]) for name, p in base_parameters(model))

@@ -38,8 +38,7 @@ def reference(base, ids, parameters, config, close=False):
     recurrent = config.mode == "recurrent"
     learned = config.write_input == "learned" or not recurrent
     memory = torch.zeros(rows, 0, base.config.hidden_size)
-    if recurrent:
-        memory = parameters["initial_memory"].expand(rows, -1, -1)
+    first = parameters["initial_memory"].expand(rows, -1, -1) if recurrent and not learned else None
     pieces = ids.split(config.segment_length, dim=1)
     logits = []
     for index, piece in enumerate(pieces):
@@ -48,7 +47,8 @@ def reference(base, ids, parameters, config, close=False):
             memory = memory.detach()  # a group of bptt_segments segments starts here, counted from the end
         read, text = memory.to(dtype), embed(piece)
         last = index == len(pieces) - 1
-        write = parameters["write_tokens"].expand(rows, -1, -1).to(dtype) if learned else read
+        write = parameters["write_tokens"].expand(rows, -1, -1) if learned else memory if index else first
+        write = write.to(dtype)  # nothing is read before something was written
         sequence = torch.cat([read, text] + ([] if last and not close else [write]), dim=1)
         positions = torch.arange(sequence.shape[1])[None]
         hidden = decoder(inputs_embeds=sequence, position_ids=positions, use_cache=False).last_hidden_state

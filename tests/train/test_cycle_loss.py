@@ -23,7 +23,7 @@ def test_the_objective_adds_the_cycle_loss_of_what_is_written():
         batch = collate(examples, regime)
         plain, with_cycle = (Objective(model, [(3, 1.0)], True, cycle=c)(batch)[0] for c in (0.0, 0.5))
         mask = (batch.context_mask if regime == "D" else batch.attention_mask).bool()
-        expected = plain + 0.5 * memory.cycle_loss(model, getattr(batch, ids), mask)
+        expected = plain + 0.5 * memory.extra_loss(model, getattr(batch, ids), mask)
         torch.testing.assert_close(with_cycle, expected)
 
 

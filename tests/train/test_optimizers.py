@@ -7,7 +7,7 @@ from torch import nn
 
 import memlayers as ml
 from memlayers.optim import RowSparseAdamW, clip_gradients
-from memlayers.product_key import product_key_memories, value_tables
+from memlayers.core.model import value_tables
 from memlayers.train.model import build_model
 from memlayers.train.optimizers import (
     make_optimizers,
@@ -74,7 +74,7 @@ def test_value_tables_get_an_optimizer_of_their_own(config, fields):
     assert {key: group[key] for key in expected} == expected
     taken = [id(p) for o in (adamw, row_sparse) for g in o.param_groups for p in g["params"]]
     assert sorted(taken) == sorted(id(p) for p in model.parameters() if p.requires_grad)
-    assert all(layer.sparse for m in product_key_memories(model).values() for layer in m.layers.values())
+    assert all(layer.sparse for m in ml.memories(model).values() for layer in m.layers.values())
 
 
 def test_without_that_section_value_tables_learn_in_adamw(config, fields):
@@ -84,7 +84,7 @@ def test_without_that_section_value_tables_learn_in_adamw(config, fields):
     (adamw,) = make_optimizers(model, run, {})
     taken = {id(p) for group in adamw.param_groups for p in group["params"] if group["weight_decay"] == 0}
     assert {id(table) for table in value_tables(model).values()} <= taken
-    assert not any(layer.sparse for m in product_key_memories(model).values() for layer in m.layers.values())
+    assert not any(layer.sparse for m in ml.memories(model).values() for layer in m.layers.values())
 
 
 def test_a_run_in_which_only_value_tables_learn(config, fields):

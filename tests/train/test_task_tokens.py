@@ -68,7 +68,7 @@ def test_a_tokenizer_without_room_names_the_memory(with_tasks, base, tokenizer):
     larger = AutoTokenizer.from_pretrained(base)
     larger.add_tokens(["<|mine|>"])
     larger.save_pretrained(base)
-    with pytest.raises(ConfigError, match=says("memories.tasks.names:", "no room for")):
+    with pytest.raises(ConfigError, match=says("memories.tasks:", "no room for")):
         build_model(with_tasks())
 
 

@@ -1,10 +1,52 @@
-"""Where each token of a batch runs when rows of different length are cut into segments."""
+"""How a text is cut into blocks, and where each token of a batch runs when rows differ in length."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
+
+LEAST_BLOCK = 128
+"""Tokens that run together under a sliding window, at least: attention costs tokens × (block + window)."""
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How memories of one model read a text. All of one model share it.
+
+    Attributes:
+        kv: what of a block's keys and values the next block sees: nothing (`drop`), those that a sliding window still
+            reaches (`slide`), or all (`keep`).
+        reach: text tokens that attention reaches; None: as many as in the base.
+    """
+
+    kv: Literal["drop", "slide", "keep"] = "keep"
+    reach: int | None = None
+
+    @property
+    def block(self) -> int | None:
+        """Tokens that run together; None: all of a call."""
+        return max(self.reach, LEAST_BLOCK) if self.kv == "slide" else self.reach
+
+    @property
+    def positions(self) -> Literal["restart", "continue"]:
+        """Whether a block's positions begin at 0 again. They do where it sees no keys of the block before it."""
+        return "restart" if self.kv == "drop" else "continue"
+
+    @staticmethod
+    def segments(length: int) -> Schedule:
+        """Segments that run apart; memory is all that passes on."""
+        return Schedule("drop", length)
+
+    @staticmethod
+    def streaming(sliding_window: int | None) -> Schedule:
+        """Every token as it passes, in a sliding window where one is given."""
+        return WHOLE_CALL if sliding_window is None else Schedule("slide", sliding_window)
+
+
+WHOLE_CALL = Schedule()
+"""All tokens of a call run together, and keys and values stay: as in the base."""
 
 
 @dataclass

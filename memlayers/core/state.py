@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
+from torch.utils import _pytree as pytree
 from transformers.cache_utils import Cache
 
-from .files import write_tensors
-from .memory import Fields
+from ..files import write_tensors
 
+Fields = dict[str, torch.Tensor]
+"""One memory's part of a `MemoryState`: batch-first tensors by name."""
 FORMAT = "memlayers.state.v1"
 PENDING = "pending"
 """Name under which a state keeps the tokens of the open segment: read, not yet written."""
 
 
+@dataclass(eq=False, repr=False)
 class MemoryState:
     """What the memories of one model hold for each row of a batch.
 
@@ -27,13 +31,16 @@ class MemoryState:
 
     Attributes:
         fields: the tensors.
+        kinds: which kind of memory wrote each part, by the memory's name; a part without one is taken on trust.
     """
 
-    def __init__(self, fields: dict[str, Fields]):
-        sizes = {t.shape[0] for part in fields.values() for t in part.values()}
+    fields: dict[str, Fields]
+    kinds: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self):
+        sizes = {t.shape[0] for part in self.fields.values() for t in part.values()}
         if len(sizes) > 1:
             raise ValueError(f"the tensors of a MemoryState differ in batch size: {sorted(sizes)}")
-        self.fields = fields
         self.batch_size = sizes.pop() if sizes else None
 
     def __getitem__(self, name: str) -> Fields:
@@ -44,7 +51,12 @@ class MemoryState:
         return f"MemoryState({shapes})"
 
     def _map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> MemoryState:
-        return MemoryState({n: {f: function(t) for f, t in part.items()} for n, part in self.fields.items()})
+        parts = {n: {f: function(t) for f, t in part.items()} for n, part in self.fields.items()}
+        return MemoryState(parts, self.kinds)
+
+    def replace(self, parts: Mapping[str, Fields]) -> MemoryState:
+        """The state with other fields for some memories."""
+        return MemoryState({**self.fields, **parts}, self.kinds)
 
     @property
     def nbytes(self) -> int:
@@ -96,11 +108,13 @@ class MemoryState:
             raise ValueError("MemoryState.cat needs at least one state")
         names = {n: set(part) for n, part in states[0].fields.items()}
         for state in states[1:]:
-            if {n: set(part) for n, part in state.fields.items()} != names:
+            same_kinds = all(states[0].kinds.get(n, kind) == kind for n, kind in state.kinds.items())
+            if not same_kinds or {n: set(part) for n, part in state.fields.items()} != names:
                 raise ValueError("MemoryState.cat: the states come from different memories")
-        return MemoryState(
-            {n: {f: _stack([s.fields[n][f] for s in states]) for f in fields} for n, fields in names.items()}
-        )
+        parts = {
+            n: {f: _stack([s.fields[n][f] for s in states]) for f in fields} for n, fields in names.items()
+        }
+        return MemoryState(parts, states[0].kinds)
 
     def save(self, path: str | Path) -> None:
         """Write one safetensors file, whole or not at all.
@@ -110,7 +124,8 @@ class MemoryState:
         """
         tensors = {f"{n}.{f}": t for n, part in self.fields.items() for f, t in part.items()}
         names = {n: sorted(part) for n, part in self.fields.items()}
-        write_tensors(path, tensors, {"format": FORMAT, "fields": json.dumps(names)})
+        metadata = {"format": FORMAT, "fields": json.dumps(names), "kinds": json.dumps(self.kinds)}
+        write_tensors(path, tensors, metadata)
 
     @classmethod
     def load(cls, path: str | Path, device: torch.device | str = "cpu") -> MemoryState:
@@ -132,9 +147,10 @@ class MemoryState:
                     )
                 names = json.loads(metadata["fields"])
                 # A copy, because a tensor of the file starts anywhere, and products of such round in another way.
-                return cls(
-                    {n: {f: file.get_tensor(f"{n}.{f}").clone() for f in part} for n, part in names.items()}
-                )
+                parts = {
+                    n: {f: file.get_tensor(f"{n}.{f}").clone() for f in part} for n, part in names.items()
+                }
+                return cls(parts, json.loads(metadata.get("kinds", "{}")))
         except SafetensorError as error:
             raise ValueError(
                 f"{path} is cut short or not a safetensors file ({error}); write the state again"
@@ -155,8 +171,29 @@ def _stack(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     return torch.cat(padded)
 
 
+def _flatten(state: MemoryState):
+    names = [(n, f) for n, part in state.fields.items() for f in part]
+    return [state.fields[n][f] for n, f in names], (names, state.kinds)
+
+
+def _unflatten(tensors, context) -> MemoryState:
+    """Built without a look at the tensors: who flattens puts placeholders in their place."""
+    names, kinds = context
+    state, state_fields = object.__new__(MemoryState), {}
+    for (n, f), tensor in zip(names, tensors, strict=True):
+        state_fields.setdefault(n, {})[f] = tensor
+    state.fields, state.kinds = state_fields, kinds
+    first = next(iter(tensors), None)
+    state.batch_size = first.shape[0] if isinstance(first, torch.Tensor) and first.dim() else None
+    return state
+
+
+# DDP, torch.func and others take outputs apart and put them together again.
+pytree.register_pytree_node(MemoryState, _flatten, _unflatten, serialized_type_name="memlayers.MemoryState")
+
+
 class MemoryCache(Cache):
-    """What `generate` hands from step to step: a `MemoryState` and the keys and values of the open window.
+    """A `MemoryState` and the keys and values of the open window.
 
     `get_seq_length` counts all tokens seen through this cache, as `generate` expects, also those that have
     left the window.
@@ -166,21 +203,54 @@ class MemoryCache(Cache):
         window: keys and values of the open window; None when it is empty.
         window_mask: (batch, columns of `window`) bool, False at padding.
         seen: columns (padding included) given to the model through this cache.
-        shared_by: rows of the input, one after the other, that read one row of the state; 1 but inside of writers.
-        request: what the forward call under way asks of the decoder; None between calls.
+        rows_per_state: rows of the input, one after the other, that read one row of the state; 1 but inside of writers.
+        owner: key of the model whose keys and values are in `window`; None before the first call.
+        written_by_reading: whether tokens that were read are in the state, so that they cannot be cropped.
     """
 
-    def __init__(self, memory_state: MemoryState | None = None):
+    def __init__(self, memory_state: MemoryState | None = None, rows_per_state: int = 1):
         super().__init__(layers=[])
         self.memory_state = memory_state
         self.window: Cache | None = None
         self.window_mask: torch.Tensor | None = None
         self.seen = 0
-        self.shared_by = 1
-        self.request = None
+        self.rows_per_state = rows_per_state
+        self.owner: str | None = None
+        self.written_by_reading = True
+
+    @staticmethod
+    def of(past: Cache | None) -> MemoryCache:
+        """The memory cache that a caller gave, or a new one. An empty cache of transformers becomes one in place, so that
+        the caller's own `reset`, `reorder_cache` and `get_seq_length` act on memory too.
+
+        Raises:
+            ValueError: a cache that holds tokens already, or of a class that is not from transformers.
+        """
+        if past is None:
+            return MemoryCache()
+        if isinstance(past, MemoryCache):
+            return past
+        if type(past).__module__ != Cache.__module__:
+            raise ValueError(
+                f"past_key_values is a {type(past).__name__}, which cannot carry memory; give state.to_cache(), an empty "
+                "DynamicCache, or none"
+            )
+        if past.layers and past.get_seq_length() > 0:
+            raise ValueError(
+                f"past_key_values holds {past.get_seq_length()} tokens read without memory; start with "
+                "state.to_cache(), or with no cache"
+            )
+        past.__class__ = MemoryCache
+        past.__init__()
+        return past
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.seen
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        if self.window is not None:
+            return self.window.get_mask_sizes(query_length, layer_idx)
+        return self.seen + query_length, 0
 
     @property
     def is_compileable(self) -> bool:
@@ -188,7 +258,11 @@ class MemoryCache(Cache):
 
     @property
     def is_croppable(self) -> bool:
-        return False
+        return not self.written_by_reading and (self.window is None or self.window.is_croppable)
+
+    @property
+    def is_sliding(self) -> list[bool]:
+        return [] if self.window is None else self.window.is_sliding
 
     @property
     def batch_size(self) -> int:
@@ -220,11 +294,21 @@ class MemoryCache(Cache):
             self.window_mask = self.window_mask.repeat_interleave(repeats, dim=0)
 
     def reset(self) -> None:
+        """As new: no memory, no tokens."""
         self.__init__()
 
-    def crop(self, *args, **kwargs) -> None:
-        raise NotImplementedError(
-            "a memory cannot forget the last tokens it has read, so a MemoryCache cannot be cropped. Assisted and "
-            "prompt-lookup decoding need crop: use greedy, sampling or beam search. To go back yourself, keep "
-            "state.clone() from before and start again from its to_cache()."
-        )
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last tokens (a negative number, as in transformers), where memory only reads.
+
+        Raises:
+            NotImplementedError: what was read is in memory.
+        """
+        if self.written_by_reading:
+            raise NotImplementedError(
+                "a memory cannot forget the last tokens it has read, so a MemoryCache cannot be cropped. Assisted and "
+                "prompt-lookup decoding need crop: use greedy, sampling or beam search. To go back yourself, keep "
+                "state.clone() from before and start again from its to_cache()."
+            )
+        if self.window is not None:
+            self.window.crop(tokens_to_remove)
+        self.seen -= abs(tokens_to_remove)
