@@ -204,6 +204,8 @@ def _nothing_read(model, memory: StatefulMemory) -> ml.MemoryState:
 
 def _trained(fields: dict[str, torch.Tensor]) -> Iterator[torch.Tensor]:
     """The fields of a state that hold what was read."""
+    if "memory" in fields:
+        fields["length"].fill_(fields["memory"].shape[1])  # of memory tokens: as if all of them were written
     for name, field in fields.items():
         if name.endswith("normalizer"):
             field.fill_(1)  # of an associative memory: as if something were written everywhere

@@ -37,7 +37,7 @@ from .reversible import (  # noqa: E402
 )
 from .task_tokens import TaskTokens, TaskTokensConfig  # noqa: E402
 from .tokens import MemoryTokens, MemoryTokensConfig  # noqa: E402
-from .version import __version__  # noqa: E402
+from .version import __version__  # noqa: E402, F401
 from .write import write  # noqa: E402
 
 __all__ = [

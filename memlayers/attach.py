@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from .config import ConfigError, MemoryConfig
+from .core.follow import follow, remove_strays
 from .core.memory import Memory, StatefulMemory
 from .core.methods import override_methods
 from .core.model import (
@@ -87,24 +88,29 @@ def attach(
 def detach(model: PreTrainedModel, name: str | None = None) -> PreTrainedModel:
     """Take one memory, or all, out of `model`; without memories it is bit for bit the model it was.
 
+    Returns:
+        What was given, or the model inside of what `torch.compile` returns, which has no truth value of its own.
+
     Raises:
         KeyError: no memory of that name.
     """
     present = memories(model)
     check_present(present, [] if name is None else [name])
-    wrapper, model = model, unwrap(model)
+    given, model = model, unwrap(model)
     root = getattr(model, ROOT, None)
     for each in [name] if name is not None else list(present):
         for handle in root.handles.pop(each)[::-1]:
             handle.remove()
         del root[each]
+    if root is not None:
+        remove_strays(model)
     if root is not None and not len(root):
         for hook in root.hooks[::-1]:
             hook.remove()
         for parameter_name, parameter in base_parameters(model):
             parameter.requires_grad_(root.base_requires_grad.get(parameter_name, parameter.requires_grad))
         delattr(model, ROOT)
-    return wrapper
+    return model if hasattr(given, "_orig_mod") else given
 
 
 def _put(model: nn.Module, memory: Memory, name: str, freeze_base: bool) -> None:
@@ -117,6 +123,7 @@ def _put(model: nn.Module, memory: Memory, name: str, freeze_base: bool) -> None
                 parameter.requires_grad_(False)
         override_methods(model, root)
     root = getattr(model, ROOT)
+    follow(model)
     root[name] = memory
     root.handles[name] = memory.install(model)
 

@@ -18,9 +18,12 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from .attach import attach, detach
+from .adapters import base_tensors, check_adapters, is_merged, load_adapters, save_adapters
+from .attach import attach
 from .config import ConfigError
+from .core.follow import follow
 from .core.model import memories, memory_parameters, unwrap
+from .core.snapshot import Snapshot
 from .files import make_folder, write_tensors, write_text
 from .kinds import parse_memory_config
 from .version import __version__
@@ -32,27 +35,32 @@ CONFIG, WEIGHTS, FORMAT = "memory_config.json", "memory.safetensors", 1
 
 
 def save(model: PreTrainedModel, folder: str | Path, *, save_base: bool = False) -> Path:
-    """Write the memories of `model` into `folder`, each file whole or not at all.
+    """Write the memories of `model`, and what adapters PEFT put into it, into `folder`, each file whole or not at all.
 
     Args:
-        model: a model with memories.
+        model: a model with memories, wrapped or not (`PeftModel`, DDP, `torch.compile`).
         folder: created if missing; other files in it stay.
         save_base: also write the base model into `folder/base` (needed when it was trained).
 
     Raises:
         NotADirectoryError: a file stands at `folder`.
-        ValueError: the model has no memory.
+        ValueError: the model has no memory, or an adapter that is no part of it (prompts); says what to do.
     """
-    model = unwrap(model)
     folder, present = Path(folder), memories(model)
     if not present:
         raise ValueError("this model has no memory to save; attach one first")
+    check_adapters(model)
+    model = unwrap(model)
+    follow(model)
+    if save_base and is_merged(model):
+        raise ValueError(
+            "save_base: an adapter is merged into the base; take it out first, model.unmerge_adapter()"
+        )
     make_folder(folder)
     base_name = "base" if save_base else model.config._name_or_path
     if save_base:
         save_base_model(model, folder / "base")
-    if _injected_lora(model):
-        _save_lora(model, folder / "lora")
+    of_peft = save_adapters(model, folder)
     tensors = dict(memory_parameters(model))
     write_tensors(folder / WEIGHTS, tensors, {"format": "pt", "memlayers": str(FORMAT)})
     config = {
@@ -60,6 +68,7 @@ def save(model: PreTrainedModel, folder: str | Path, *, save_base: bool = False)
         "memlayers_version": _version(),
         "base": {"name_or_path": base_name, "trained_from": model.config._name_or_path, **_shape_of(model)},
         "memories": {name: memory.config.model_dump() for name, memory in present.items()},
+        **of_peft,
     }
     write_text(folder / CONFIG, json.dumps(config, indent=2) + "\n")
     write_text(folder / "README.md", _model_card(config, tensors))
@@ -73,7 +82,7 @@ def load(
     device: torch.device | str | None = None,
     dtype: torch.dtype | str = "auto",
 ) -> PreTrainedModel:
-    """Load the base, attach the memories and fill them.
+    """Load the base, put in the adapters of PEFT, attach the memories and fill them.
 
     Args:
         source: a folder that `save` wrote, or the id of such a repository on the hub.
@@ -84,30 +93,29 @@ def load(
     Raises:
         FileNotFoundError: a file of the checkpoint, or the base it names, is not there.
         ConfigError: a field of memory_config.json is wrong; names file and field.
-        ValueError: the weights are cut short, foreign, or made for another base.
+        ValueError: the weights are cut short, foreign, or made for another base; the base has adapters already.
     """
     from transformers import PreTrainedModel
 
     folder = folder_of(source)
     config = read_config(folder)
     recorded = config["base"]
+    if base is not None and not isinstance(base, (str, Path)):
+        base = unwrap(base)
     model = (
         base
         if isinstance(base, PreTrainedModel)
         else _load_base(folder, base or recorded["name_or_path"], dtype)
     )
     _check_shape(folder, recorded, model)
-    if (folder / "lora").is_dir():
-        _load_lora(model, folder / "lora")
-    attached = []
+    before = Snapshot(model)
     try:
+        load_adapters(model, folder, config, str(folder / CONFIG))
         for name, block in config["memories"].items():
             attach(model, parse_memory_config(block, where=f"{folder / CONFIG}: memories.{name}"), name)
-            attached.append(name)
         _fill(model, folder / WEIGHTS)
-    except Exception:
-        for name in attached:
-            detach(model, name)
+    except BaseException:
+        before.restore()
         raise
     return model.to(device) if device is not None else model
 
@@ -133,11 +141,14 @@ def read_config(folder: str | Path) -> dict[str, Any]:
 
 
 def save_base_model(model: PreTrainedModel, folder: Path) -> None:
-    """The base alone, in the Hugging Face format, without memories or an injected adapter."""
-    skip = {name for name, _ in memory_parameters(model)}
-    state = {n: t for n, t in model.state_dict().items() if n not in skip and ".lora_" not in n}
-    state = {n.replace(".base_layer.", "."): t for n, t in state.items()}
-    model.save_pretrained(folder, state_dict=state)
+    """The base alone, in the Hugging Face format, without memories and adapters."""
+    flag = "_hf_peft_config_loaded"  # set by `model.add_adapter`; transformers then writes the adapter alone
+    before = vars(model).pop(flag, None)
+    try:
+        model.save_pretrained(folder, state_dict=base_tensors(model))
+    finally:
+        if before is not None:
+            setattr(model, flag, before)
 
 
 def folder_of(source: str | Path) -> Path:
@@ -214,34 +225,6 @@ def _fill(model: PreTrainedModel, path: Path) -> None:
     with torch.no_grad():
         for name, parameter in expected.items():
             parameter.copy_(tensors[name])
-
-
-def _injected_lora(model: PreTrainedModel) -> bool:
-    return bool(getattr(model, "peft_config", None))
-
-
-def _save_lora(model: PreTrainedModel, folder: Path) -> None:
-    from peft import get_peft_model_state_dict
-
-    (name, lora), *_ = model.peft_config.items()
-    make_folder(folder)
-    write_tensors(
-        folder / "adapter_model.safetensors", get_peft_model_state_dict(model, adapter_name=name), {}
-    )
-    lora.save_pretrained(folder)
-
-
-def _load_lora(model: PreTrainedModel, folder: Path) -> None:
-    from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
-
-    inject_adapter_in_model(LoraConfig.from_pretrained(folder), model, adapter_name="lora")
-    result = set_peft_model_state_dict(
-        model, load_file(folder / "adapter_model.safetensors"), adapter_name="lora"
-    )
-    if result.unexpected_keys:
-        raise ValueError(
-            f"{folder}: tensor {result.unexpected_keys[0]!r} does not belong to this adapter's config"
-        )
 
 
 def _version() -> str:

@@ -35,7 +35,9 @@ def test_a_state_of_another_variant(wrote):
             lambda m: m(tokens(1, 4), memory_state=state),
             lambda m: ml.write(m, tokens(1, 4), state),
         ):
-            with pytest.raises(ValueError, match=says("'notes'", f"one of kind {wrote}", f"'notes' is of kind {reads}")):
+            with pytest.raises(
+                ValueError, match=says("'notes'", f"one of kind {wrote}", f"'notes' is of kind {reads}")
+            ):
                 call(model)
 
 

@@ -43,7 +43,8 @@ def build_model(config: TrainConfig) -> tuple[PreTrainedModel, PreTrainedTokeniz
         try:
             ml.attach(model, memory, name)
         except ConfigError as error:
-            raise ConfigError(f"memories.{error}") from None
+            named = str(error).startswith((f"{name}:", f"{name}."))  # as what two memories disagree on is
+            raise ConfigError(f"memories.{error}" if named else f"memories.{name}.{error}") from None
     for name, memory in ml.memories(model).items():
         try:
             if name in config.memories:  # not where it came with the checkpoint, and has learned

@@ -10,6 +10,7 @@ from transformers import get_scheduler
 
 import memlayers as ml
 from memlayers.config import ConfigError
+from memlayers.core.linear import Linear
 from memlayers.core.model import frozen_parameters, sparse_gradients, value_tables
 from memlayers.optim import RowSparseAdamW
 
@@ -87,7 +88,7 @@ def parameter_groups(
     matrices = {
         id(module.weight)
         for module in model.modules()
-        if isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d))
+        if isinstance(module, (Linear, nn.Linear, nn.Conv1d, nn.Conv2d))
     }
     rates = {
         "memory": config.learning_rate,

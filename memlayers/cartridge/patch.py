@@ -11,8 +11,6 @@ from ..core.memory import LayerMemory
 from ..core.model import (
     attention_of,
     cache_name,
-    decoder_layers,
-    decoder_of,
     embedding_std,
     max_positions,
     text_config,
@@ -27,36 +25,54 @@ from .start import keys_and_values, keys_and_values_of_prompt, keys_shapes
 class Cartridge(LayerMemory):
     """Keys and values of up to `n_tokens` places before the text, for each row of a batch its own.
 
-    State, per row and layer: `layers.3.keys` and `layers.3.values` (batch, places, key-value heads, head_dim) float32,
+    State, per row and layer with attention: `layers.3.keys` and `layers.3.values` (batch, places, key-value heads, width of
+    a key or a value) float32,
     keys with their positions turned in, right-aligned; and `length` (batch,) int64, the places in use. A text's
     positions begin at `length`.
 
     Attributes:
-        keys, values: (layers, n_tokens, heads, head_dim), where `start: learned` begins; else absent.
+        keys, values: (layers with attention, n_tokens, heads, width), where `start: learned` begins; else absent.
         prompt: (n_tokens, hidden_size), with `start: prompt`; else absent.
         writer: the `Writer`, which refines what stands there on a text.
     """
 
-    def __init__(self, config: CartridgeConfig, n_layers: int, heads: int, head_dim: int, hidden_size: int):
+    def __init__(
+        self,
+        config: CartridgeConfig,
+        layers: list[int],
+        heads: int,
+        widths: tuple[int, int],
+        hidden_size: int,
+    ):
         super().__init__(config)
-        self.n_layers, self.heads, self.head_dim = n_layers, heads, head_dim
-        self.at_layers = frozenset(range(n_layers))
+        self.heads, self.widths = heads, dict(zip(("keys", "values"), widths))
+        self.at_layers = layers
         if config.start == "learned":
-            shape = n_layers, config.n_tokens, heads, head_dim
-            self.keys, self.values = (nn.Parameter(0.02 * torch.randn(shape)) for _ in range(2))
+            self.keys, self.values = (
+                nn.Parameter(0.02 * torch.randn(len(layers), config.n_tokens, heads, width))
+                for width in widths
+            )
         elif config.start == "prompt":
             self.prompt = nn.Parameter(torch.randn(config.n_tokens, hidden_size))
-        self.writer = Writer(config.writer, 2 * n_layers, hidden_size)
+        self.writer = Writer(config.writer, 2 * len(layers), hidden_size)
         self.register_buffer("like", torch.zeros(()), persistent=False)
 
     @classmethod
     def for_model(cls, config: CartridgeConfig, model: nn.Module) -> Cartridge:
         text = text_config(model)
-        shapes = keys_shapes(model)
-        if len(set(shapes)) > 1 or len(shapes) != text.num_hidden_layers:
+        try:
+            shapes = keys_shapes(model)
+        except (RuntimeError, ValueError, AttributeError, TypeError) as error:
+            if isinstance(error, ConfigError):
+                raise
             raise ConfigError(
-                f"type: the layers of {type(model).__name__} have keys of different shapes (heads, head_dim), {shapes}, "
-                "or share them; a cartridge needs keys and values of its own in every layer"
+                f"type: {type(model).__name__} gives no keys and values in a cache of transformers ({error}); a cartridge "
+                "needs them"
+            ) from None
+        if len(set(shapes.values())) != 1:
+            raise ConfigError(
+                f"type: the layers of {type(model).__name__} have keys and values of different shapes (heads, widths), "
+                f"{shapes or 'or none at all'}; a cartridge needs the same in all of them"
             )
         limit = max_positions(model)
         if limit is not None and config.n_tokens >= limit:
@@ -64,22 +80,22 @@ class Cartridge(LayerMemory):
                 f"n_tokens: {config.n_tokens} places before a text leave it none of the {limit} positions that "
                 f"{type(model).__name__} has"
             )
-        memory = cls(config, len(shapes), *shapes[0], text.hidden_size)
+        heads, *widths = next(iter(shapes.values()))
+        memory = cls(config, list(shapes), heads, tuple(widths), text.hidden_size)
         if config.start == "prompt":
             memory.prompt.data *= embedding_std(model)
         return memory
 
     def install(self, model: nn.Module) -> list:
         self.base = _Base(model)
-        n_layers = len(decoder_layers(decoder_of(model)))
-        attentions = [attention_of(model, layer) for layer in range(n_layers)]
-        for layer, attention in enumerate(attentions):
+        attentions = {layer: attention_of(model, layer) for layer in self.at_layers}
+        for layer, attention in attentions.items():
             if cache_name(attention) is None:
                 raise ConfigError(
                     f"type: the attention of layer {layer} of {type(model).__name__} takes no cache of keys and values, "
                     "before which a cartridge could stand"
                 )
-        return [PartHook(self, attention, layer, "attention") for layer, attention in enumerate(attentions)]
+        return [PartHook(self, attention, layer, "attention") for layer, attention in attentions.items()]
 
     @property
     def gradient_writer(self) -> Writer:
@@ -121,37 +137,42 @@ class Cartridge(LayerMemory):
             return {name: x.expand(batch_size, *x.shape[1:]) for name, x in one.items()}
         learned = self.config.start == "learned"
         places = self.config.n_tokens if learned else 0
-        empty = self.like.new_zeros(self.n_layers, 0, self.heads, self.head_dim)
-        keys, values = (self.keys, self.values) if learned else (empty, empty)
-        fields = {"length": torch.full((batch_size,), places, device=keys.device)}
-        for layer in range(self.n_layers):
-            for part, tensors in (("keys", keys), ("values", values)):
-                fields[f"layers.{layer}.{part}"] = tensors[layer].float().expand(batch_size, -1, -1, -1)
+        fields = {"length": torch.full((batch_size,), places, device=self.like.device)}
+        for i, layer in enumerate(self.at_layers):
+            for part, width in self.widths.items():
+                one = getattr(self, part)[i] if learned else self.like.new_zeros(0, self.heads, width)
+                fields[f"layers.{layer}.{part}"] = one.float().expand(batch_size, -1, -1, -1)
         return fields
 
     def positions(self, fields: Fields) -> torch.Tensor:
         return fields["length"]
 
+    def state_to_try(self, model: nn.Module, input_ids: torch.Tensor) -> Fields:
+        if self.config.start != "text":
+            return self.new_state(len(input_ids))
+        return keys_and_values(model, input_ids, torch.ones_like(input_ids).bool(), 1, differentiable=False)
+
     def write(self, model, name, input_ids, mask, state, **options) -> Fields:
-        if self.config.start == "text" and state[name]["layers.0.keys"].shape[1] == 0:
+        if self.config.start == "text" and state[name][f"layers.{self.at_layers[0]}.keys"].shape[1] == 0:
             first = keys_and_values(model, input_ids, mask, self.config.n_tokens, options["differentiable"])
             state = state.replace({name: first})
         lesson = self.writer.lesson(model, input_ids, mask)
         return self.writer.write(model, name, *lesson, state, **options)
 
     def check_state(self, fields: Fields, name: str) -> None:
-        layers = {f"layers.{i}.{part}" for i in range(self.n_layers) for part in ("keys", "values")}
-        expected = {"length", *layers}
-        places = fields["layers.0.keys"].shape[1:2] if "layers.0.keys" in fields else None
+        layers = {f"layers.{i}.{part}" for i in self.at_layers for part in self.widths}
+        expected, first = {"length", *layers}, f"layers.{self.at_layers[0]}.keys"
+        places = fields[first].shape[1:2] if first in fields else None
         for field in sorted(set(fields) | expected):
             tensor = fields.get(field)
-            shape = (*places, self.heads, self.head_dim) if places and field != "length" else ()
+            width = self.widths.get(field.rpartition(".")[2])
+            shape = (*places, self.heads, width) if places and field != "length" else ()
             if field not in expected or tensor is None or tuple(tensor.shape[1:]) != shape:
                 told = "is missing" if tensor is None else f"has shape {tuple(tensor.shape)}"
                 raise ValueError(
                     f"memory {name!r}: field {field!r} of the state {told}; this memory has keys and values of "
-                    f"{self.n_layers} layers, (batch, places, {self.heads}, {self.head_dim}), and length; the state was "
-                    "written by another memory"
+                    f"{len(self.at_layers)} layers, (batch, places, {self.heads}, {self.widths['keys']}), and length; the "
+                    "state was written by another memory"
                 )
 
 

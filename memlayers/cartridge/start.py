@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from ..config import ConfigError
 from ..core.masks import padding_last, positions_of
-from ..core.model import decoder_of, device_of, eval_mode, new_cache, without_state
+from ..core.model import decoder_of, device_of, eval_mode, new_cache, text_config, without_state
 from ..core.state import Fields
 from ..writing import right_aligned
 
@@ -52,15 +53,31 @@ def _read(model: nn.Module, used: torch.Tensor, **inputs) -> Fields:
         )
     fields = {"length": used.sum(1)}
     for i, layer in enumerate(cache.layers):
-        if getattr(layer, "keys", None) is None:
-            continue  # a layer without attention, or one that reads another's keys
+        if not hasattr(layer, "keys"):
+            continue  # a layer without attention
+        shared = getattr(text_config(model), "num_kv_shared_layers", 0)
+        if layer.keys is None and not shared:
+            continue
+        if layer.keys is None:
+            raise ConfigError(
+                f"type: layer {i} of {type(model).__name__} reads the keys and values of another layer; a cartridge needs "
+                "keys and values of its own in every attention"
+            )
         fields[f"layers.{i}.keys"] = layer.keys.transpose(1, 2).float()
         fields[f"layers.{i}.values"] = layer.values.transpose(1, 2).float()
     return fields
 
 
-def keys_shapes(model: nn.Module) -> list[tuple[int, int]]:
-    """(key-value heads, head_dim) of each layer, as one token has them: configs name them in many ways."""
+def keys_shapes(model: nn.Module) -> dict[int, tuple[int, int, int]]:
+    """(key-value heads, width of a key, of a value) of each layer with attention, by its number, as one token has them:
+    configs name them in many ways.
+
+    Raises:
+        ConfigError: a layer that reads the keys of another one.
+    """
     one = torch.zeros(1, 1, dtype=torch.int64)
     fields = keys_and_values(model, one, one == 0, 1, differentiable=False)
-    return [tuple(tensor.shape[2:]) for field, tensor in fields.items() if field.endswith(".keys")]
+    numbers = [int(field.split(".")[1]) for field in fields if field.endswith(".keys")]
+    return {
+        i: (*fields[f"layers.{i}.keys"].shape[2:], fields[f"layers.{i}.values"].shape[-1]) for i in numbers
+    }

@@ -5,18 +5,21 @@ from __future__ import annotations
 import importlib
 import inspect
 import json
+from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
 from memlayers.cli.common import Debug, command, quiet
 from memlayers.eval.speed import BENCHMARKS
 
+Benchmark = StrEnum("Benchmark", BENCHMARKS)
+
 
 @command
 def bench(
-    kind: Annotated[Literal[BENCHMARKS], typer.Argument(help="Which memory.")],
+    kind: Annotated[Benchmark, typer.Argument(help="Which memory.")],
     rounds: Annotated[int, typer.Option(min=1, help="Rounds; every arm runs once in each.")] = 20,
     device: Annotated[str | None, typer.Option(help="cpu or cuda; default: cuda where there is one.")] = None,
     ttt_lm: Annotated[

@@ -79,7 +79,6 @@ class Block:
         outputs: what layers gave out, by layer.
         reads: what a layer has read before it runs, by memory and what of it: a layer, or a field of the state.
         masks: what a memory made of a mask of attention, which layers share; by memory, id and keys before.
-        seen: parts of the model whose hooks have found this block, for `probe`.
     """
 
     call: Call
@@ -96,7 +95,6 @@ class Block:
     outputs: dict[int, torch.Tensor] = field(default_factory=dict)
     reads: dict[tuple[str, str], torch.Tensor] = field(default_factory=dict)
     masks: dict[tuple[str, int, int], tuple[torch.Tensor | None, torch.Tensor]] = field(default_factory=dict)
-    seen: set[str] = field(default_factory=set)
 
     def name_of(self, memory: Memory) -> str | None:
         """The name under which `memory` takes part, or None."""
@@ -126,6 +124,17 @@ CALL: ContextVar[Call | None] = ContextVar("memlayers_call", default=None)
 """A call that its model has begun and its decoder has not taken yet."""
 BLOCK: ContextVar[Block | None] = ContextVar("memlayers_block", default=None)
 """The pass under way."""
+
+
+SEEN: ContextVar[set | None] = ContextVar("memlayers_seen", default=None)
+"""Hooks that have found the pass that they are in; kept while `probe` looks."""
+
+
+def found_by(hook: object) -> None:
+    """Note that a hook has found its pass."""
+    seen = SEEN.get()
+    if seen is not None:
+        seen.add(hook)
 
 
 @contextlib.contextmanager

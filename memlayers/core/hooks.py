@@ -11,7 +11,7 @@ from functools import partial
 import torch
 from torch import nn
 
-from .call import BLOCK, Block, holding
+from .call import BLOCK, Block, found_by, holding
 from .memory import LayerMemory, Memory
 
 
@@ -83,7 +83,7 @@ class PartHook(MethodOverride):
         if not self.memory.enabled if block is None else block.name_of(self.memory) is None:
             return self.original(*args, **kwargs)
         if block is not None:
-            block.seen.add(f"{self.layer}.{self.part}")
+            found_by(self)
         return self.memory.around(self, block, args, kwargs)
 
 
@@ -105,7 +105,7 @@ class LayerHook(MethodOverride):
             self._check_none_is_passed_by()
             return self.original(*args, **kwargs)
         hidden = args[0] if args else kwargs["hidden_states"]
-        block.seen.add(str(self.layer))
+        found_by(self)
         here = [(n, m) for n, m in block.layer_memories if self.layer in m.at_layers]
         for name, memory in here:
             hidden = memory.before_layer(block, name, self.layer, hidden)

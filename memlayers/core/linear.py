@@ -38,11 +38,11 @@ class Linear(nn.Module):
         return F.linear(x, self.weight, self.bias)
 
     def extra_repr(self) -> str:
-        # PEFT's error, where a regular expression in target_modules names this layer, says this.
-        return (
-            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
-            'of a memory: PEFT leaves it out with exclude_modules=r".*memlayers\\..*"'
+        # What an error of PEFT says where a regular expression in target_modules names this layer.
+        shape = (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
         )
+        return shape + r', of a memory; exclude_modules=r".*memlayers\..*"'
 
 
 class UnmatchedName(str):

@@ -126,9 +126,9 @@ def _reading(call: Call, state, embeds, attention_mask, position_ids) -> Segment
         return Blocks(call, state, embeds, attention_mask, position_ids)
     fits = bool((state[PENDING]["length"] + call.mask.sum(1)).max() <= call.schedule.reach)
     window = call.cache.window
-    if window is not None and not call.flush and (fits or not call.write):
-        if embeds.shape[1] == 1 or not any(window.is_linear):  # which go on token by token only
-            return OpenSegment(call, state, embeds)
+    goes_on = window is not None and not call.flush and (fits or not call.write)
+    if goes_on and (embeds.shape[1] == 1 or not any(window.is_linear)):  # which go on token by token only
+        return OpenSegment(call, state, embeds)
     return Segments(call, state, embeds)
 
 
@@ -302,7 +302,7 @@ def _truncate(call: Call, fields: dict[str, Fields], to_end: int) -> dict[str, F
     """Cut the gradient between segments: `bptt_segments` of them stay connected, counted from the end."""
     cut = {}
     for name, part in fields.items():
-        length = call.memories[name].config.bptt_segments
+        length = getattr(call.memories[name].config, "bptt_segments", None)
         detach = length is not None and to_end % length == 0
         cut[name] = {f: t.detach() for f, t in part.items()} if detach else part
     return cut

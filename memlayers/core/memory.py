@@ -59,6 +59,11 @@ class Memory(nn.Module):
         """
         raise NotImplementedError(f"{type(self).__name__} has no hooks in parts of a model")
 
+    @property
+    def needs_head(self) -> bool:
+        """Whether it has a part in the model's head, which the decoder by itself would leave out."""
+        return False
+
     # what training asks of a kind
 
     def tables(self) -> dict[str, nn.Parameter]:
@@ -151,6 +156,10 @@ class StatefulMemory(Memory):
             mask: (batch, tokens) bool, False at padding.
         """
         return fields
+
+    def state_to_try(self, model: nn.Module, input_ids: torch.Tensor) -> Fields:
+        """Fields that `probe` reads before anything was written by gradient, for a text (batch, tokens)."""
+        return self.new_state(len(input_ids))
 
     def positions(self, fields: Fields) -> torch.Tensor | None:
         """(batch,) int64: positions before a text that a memory takes for itself; None: none."""

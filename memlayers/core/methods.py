@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from .call import BLOCK, CALL, Block, Call, holding
+from .follow import follow
 from .hooks import LayerHook, MethodOverride
 from .loop import run
 from .memory import StatefulMemory
@@ -73,9 +74,11 @@ class ModelForward(MethodOverride):
     @torch.compiler.disable
     def call(self, *args, memory_state=None, close_memory=False, write_memory=None, **kwargs):
         arguments = by_name(super().__signature__, args, kwargs)
+        follow(self.module)
         if not any(isinstance(m, StatefulMemory) for m in self.memories.enabled().values()):
             check_stateless(memory_state, arguments.get("past_key_values"))
-            return self.original(**arguments)
+            with holding(CALL, without_state(self.memories, self.decoder)):
+                return self.original(**arguments)
         ids, embeds = arguments.get("input_ids"), arguments.get("inputs_embeds")
         inputs = embeds if ids is None else ids
         check_inputs(inputs, arguments.get("labels"))
@@ -114,21 +117,35 @@ class DecoderForward(MethodOverride):
                 "the model was called inside of a call of its own, by a hook perhaps: the two would share a memory. Make the "
                 "inner call before or after, or on a copy of the model"
             )
-        enabled = self.memories.enabled()
-        others = {n: m for n, m in enabled.items() if not isinstance(m, StatefulMemory)}
-        if len(others) == len(enabled):
+        call, enabled = CALL.get(), self.memories.enabled()
+        own = call is None or call.decoder is not decoder or call.done
+        if own:
+            follow(self.memories.hooks[0].module)
+            self._check_head(enabled)
+        if not any(isinstance(m, StatefulMemory) for m in enabled.values()):
             check_stateless(arguments.pop("memory_state", None), arguments.get("past_key_values"))
-            with holding(BLOCK, Block(Call(decoder, decoder_layers(decoder), {}, others, cache=None))):
+            with holding(BLOCK, Block(without_state(self.memories, decoder))):
                 return self.original(**arguments)
-        call, own = CALL.get(), False
-        if call is None or call.decoder is not decoder or call.done:
-            own, asked = True, [arguments.pop(name, default) for name, default in EXTRA]
+        if own:
+            asked = [arguments.pop(name, default) for name, default in EXTRA]
             ids, embeds = arguments.get("input_ids"), arguments.get("inputs_embeds")
             inputs = embeds if ids is None else ids
             check_inputs(inputs, None)
             call = begin(self.memories, decoder, inputs, arguments, *asked)
         output = self._read(call, arguments)
         return with_state(output, call.state) if own else output
+
+    def _check_head(self, enabled: dict) -> None:
+        """Raise ValueError where the decoder, called by itself to be trained, would leave a memory out."""
+        if not (self.module.training and torch.is_grad_enabled()):
+            return
+        for name, memory in enabled.items():
+            if memory.needs_head:
+                raise ValueError(
+                    f"the decoder was called without the model's head, where memory {name!r} has logits of its own, so that a "
+                    "loss would leave it out (TRL's trainers take the weight of the head alone). Train it through "
+                    "model(...): HF Trainer or memlayers train"
+                )
 
     def _read(self, call: Call, arguments: dict):
         ids, embeds = arguments.pop("input_ids", None), arguments.pop("inputs_embeds", None)
@@ -179,6 +196,11 @@ class IgnoredKey:
             setattr(self.config, IGNORED, ignored)
 
 
+def without_state(root: Memories, decoder: nn.Module) -> Call:
+    """A call in which no memory keeps a state."""
+    return Call(decoder, decoder_layers(decoder), {}, root.enabled(), cache=None)
+
+
 def begin(
     root: Memories,
     decoder: nn.Module,
@@ -219,7 +241,7 @@ def begin(
     framed = call.schedule.kv == "drop"
     decoding = framed and inputs.shape[1] == 1 and cache.seen > 0
     call.write = not decoding if write is None else write
-    call.write |= framed and any(m.config.write_while_decoding for m in reading.values())
+    call.write |= framed and any(getattr(m.config, "write_while_decoding", False) for m in reading.values())
     mask = arguments.get("attention_mask")
     if mask is None or (isinstance(mask, torch.Tensor) and mask.dim() == 2):
         call.mask = new_mask(mask, inputs)

@@ -21,8 +21,11 @@ if TYPE_CHECKING:
 
 ROOT = "memlayers"
 """Name of the child module that `attach` adds to a model."""
-ATTENTION_NAMES = ("self_attn", "attn", "attention", "self_attention")
-"""What architectures call the attention of a decoder layer."""
+ATTENTION_NAMES = (
+    *("self_attn", "attn", "attention", "self_attention", "norm_attn_norm.attn"),
+    *("linear_attn", "mamba", "conv", "mixer"),
+)
+"""What architectures call the attention of a decoder layer; then, what stands in its place in hybrids."""
 MLP_NAMES = ("mlp", "feed_forward", "block_sparse_moe", "ffn", "moe")
 """What architectures call the MLP of a decoder layer."""
 MLP_LINEARS = (("fc1", "fc2"),)
@@ -40,7 +43,7 @@ class Memories(nn.ModuleDict):
     Attributes:
         key: tells this model's caches from those of others.
         base_requires_grad: what the base's parameters had before.
-        hooks: what stands on the whole model; `handles`, by memory, on its parts.
+        hooks: what stands on the whole model; `handles`, by memory, on its parts, put for `adapters` of PEFT (`follow`).
     """
 
     def __init__(self, key: str):
@@ -49,6 +52,7 @@ class Memories(nn.ModuleDict):
         self.base_requires_grad: dict[str, bool] = {}
         self.hooks: list = []
         self.handles: dict[str, list] = {}
+        self.adapters: tuple = (None, ())
 
     def named_modules(self, *args, **kwargs):
         """As of any module, under names that PEFT does not match with those of the base."""
@@ -239,13 +243,18 @@ def decoder_of(model: nn.Module) -> PreTrainedModel:
             f"memlayers works on Hugging Face models, got {type(model).__name__}; supported: {SUPPORTED}"
         )
     causal = model.can_generate() and not model.config.is_encoder_decoder
-    decoder = model.get_decoder() if causal else None
-    if decoder is None or decoder is model or decoder_layers(decoder) is None:
+    found = [model.get_decoder(), model.base_model, getattr(model, "model", None)] if causal else []
+    found = [
+        d
+        for d in found
+        if isinstance(d, PreTrainedModel) and d is not model and decoder_layers(d) is not None
+    ]
+    if not found:
         raise TypeError(
             f"{type(model).__name__} has no decoder stack under a language-model head; supported: {SUPPORTED}, "
             "loaded with AutoModelForCausalLM"
         )
-    return decoder
+    return found[0]
 
 
 def decoder_layers(decoder: nn.Module) -> nn.ModuleList | None:
@@ -291,8 +300,8 @@ def mlp_of(model: nn.Module, layer: int) -> tuple[nn.Module, nn.Module]:
 def _part_of(model: nn.Module, layer: int, what: str, names: tuple[str, ...]) -> nn.Module:
     block = decoder_layers(decoder_of(model))[layer]
     for name in names:
-        if isinstance(getattr(block, name, None), nn.Module):
-            return getattr(block, name)
+        with contextlib.suppress(AttributeError):
+            return block.get_submodule(name)
     raise ConfigError(
         f"layers: layer {layer} of {type(unwrap(model)).__name__} has no {what} called {', '.join(names)}; "
         f"it has {', '.join(name for name, _ in block.named_children())}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 
 from torch import nn
@@ -16,8 +15,8 @@ from ..writing import Writer
 from .config import LoRAMemoryConfig
 from .module import LoRAAdapter
 
-OF_PEFT = re.compile(r"\.(base_layer|original_module|modules_to_save\.[^.]+)(?=\.|$)")
-"""What PEFT puts into the name of a layer that it adapts; without it the name is the one that the base has."""
+OF_PEFT = ("base_layer", "original_module")
+"""Where PEFT keeps the module that it stands around."""
 
 
 class LoRAMemories(LayerMemory):
@@ -42,11 +41,11 @@ class LoRAMemories(LayerMemory):
     def for_model(cls, config: LoRAMemoryConfig, model: nn.Module) -> LoRAMemories:
         found = linear_layers(model, config)
         hidden_size = text_config(model).hidden_size
-        return cls(config, {name: widths(modules[0]) for name, modules in found.items()}, hidden_size)
+        return cls(config, {name: widths(own) for name, (_, own) in found.items()}, hidden_size)
 
     def install(self, model: nn.Module) -> list:
         found = linear_layers(model, self.config)
-        return [PartHook(self, module, layer_number(name), name) for name in found for module in found[name]]
+        return [PartHook(self, module, layer_number(name), name) for name, (module, _) in found.items()]
 
     @property
     def gradient_writer(self) -> Writer:
@@ -57,7 +56,8 @@ class LoRAMemories(LayerMemory):
         output = hook.original(*args, **kwargs)
         x = args[0] if args else next(iter(kwargs.values()))
         rows, n_tokens = block.mask.shape
-        if x.numel() != rows * n_tokens * x.shape[-1]:
+        # MLA gives all tokens of the cache at once, row by row.
+        if not (x.dim() > 2 and x.shape[0] == rows) and x.numel() != rows * n_tokens * x.shape[-1]:
             raise ValueError(
                 f"{hook.part} was given {tuple(x.shape)} and not all of the {rows} × {n_tokens} tokens in their order, so that "
                 "a LoRA memory does not know whose they are; leave it out of target_modules"
@@ -107,10 +107,10 @@ class LoRAMemories(LayerMemory):
                 )
 
 
-def linear_layers(model: nn.Module, config: LoRAMemoryConfig) -> dict[str, list[nn.Module]]:
-    """The linear layers that `config` names, by their names in the decoder as the base has them: one module each, or,
-    where PEFT keeps a copy of a layer beside it, all that may stand for it. Adapters of PEFT are none, and, unless named,
-    experts, whose tokens come without their rows.
+def linear_layers(model: nn.Module, config: LoRAMemoryConfig) -> dict[str, tuple[nn.Module, nn.Module]]:
+    """The linear layers that `config` names, by their names in the decoder: what stands there, with all that PEFT has put
+    around it, and the base's own. Adapters of PEFT are none, and, unless named, experts, whose tokens come without their
+    rows.
 
     Raises:
         ConfigError: a name that no linear layer has; a layer that is not there.
@@ -120,11 +120,12 @@ def linear_layers(model: nn.Module, config: LoRAMemoryConfig) -> dict[str, list[
     (stack,) = (name for name, child in decoder.named_children() if child is blocks)
     n_layers = len(blocks)
     layers = range(n_layers) if config.layers is None else chosen_layers(config.layers, n_layers)
-    linear: dict[str, list[nn.Module]] = {}
-    for layer in layers:
-        for name, module in blocks[layer].named_modules():
-            if widths(module) is not None and not _added_by_peft(blocks[layer], name):
-                linear.setdefault(f"{stack}.{layer}.{OF_PEFT.sub('', name)}", []).append(module)
+    linear = {
+        name: (around, own)
+        for layer in layers
+        for name, around, own in _parts(blocks[layer], f"{stack}.{layer}")
+        if widths(own) is not None
+    }
     if config.target_modules is None:
         return {name: modules for name, modules in linear.items() if ".experts." not in name}
     found = {n: m for n, m in linear.items() if any(_ends(n, end) for end in config.target_modules)}
@@ -137,14 +138,14 @@ def linear_layers(model: nn.Module, config: LoRAMemoryConfig) -> dict[str, list[
     return found
 
 
-def _added_by_peft(block: nn.Module, name: str) -> bool:
-    """Whether a module is a part of an adapter that PEFT put around a layer, and not the layer."""
-    parts = name.split(".")
-    for i in range(1, len(parts)):
-        around = block.get_submodule(".".join(parts[:i]))
-        if hasattr(around, "base_layer") and parts[i] != "base_layer":
-            return True
-    return False
+def _parts(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module, nn.Module]]:
+    """A module and all inside of it, by the names that the base has for them: what stands there and the base's own."""
+    own = module
+    while (inner := next((own._modules[n] for n in OF_PEFT if n in own._modules), None)) is not None:
+        own = inner
+    yield name, module, own
+    for child_name, child in own.named_children():
+        yield from _parts(child, f"{name}.{child_name}")
 
 
 def layer_number(name: str) -> int:
@@ -157,8 +158,9 @@ def _ends(name: str, end: str) -> bool:
 
 
 def widths(module: nn.Module) -> tuple[int, int] | None:
-    """Width in and out of a linear layer, GPT-2's too; None for other modules."""
-    if isinstance(module, nn.Linear):
+    """Width in and out of a linear layer, GPT-2's too; None for other modules, and for what an architecture makes of one, as
+    some do for their routers."""
+    if isinstance(module, nn.Linear) and "Router" not in type(module).__name__:
         return module.in_features, module.out_features
     if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):
         return module.nx, module.nf

@@ -63,9 +63,9 @@ class ProductKeyMemories(Memory):
         if self.config.placement == "replace":
             return self._read(hook.layer, x)
         output = hook.original(*args, **kwargs)
-        if isinstance(output, tuple):  # mixtures of experts give their router's logits out too
-            return (output[0] + self._read(hook.layer, x), *output[1:])
-        return output + self._read(hook.layer, x)
+        whole = output if isinstance(output, tuple) else (output,)  # some give their router's logits out too
+        read = self._read(hook.layer, x).view(whole[0].shape)  # and some have flattened the tokens
+        return (whole[0] + read, *whole[1:]) if isinstance(output, tuple) else whole[0] + read
 
     def _read(self, layer: int, x: torch.Tensor) -> torch.Tensor:
         try:

@@ -65,6 +65,23 @@ class Loss(MethodOverride):
         return self.original(logits, labels, vocab_size=logits.shape[-1], **kwargs)
 
 
+class Resize(MethodOverride):
+    """`resize_token_embeddings` of the model: the procedures move behind the base's new last row."""
+
+    def __init__(self, memory: Memory, model: nn.Module, hooks: list[MethodOverride]):
+        super().__init__(model, "resize_token_embeddings")
+        self.memory, self.hooks = memory, hooks
+
+    def call(self, *args, **kwargs):
+        for hook in self.hooks:
+            if hook is not self:
+                hook.remove()
+        try:
+            return self.original(*args, **kwargs)
+        finally:
+            self.hooks[:] = [self, *self.memory.sit_on(self.module)]
+
+
 class TransitionScores(MethodOverride):
     """`compute_transition_scores` of `generate`'s output, which else would count by the base's vocabulary."""
 

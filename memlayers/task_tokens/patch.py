@@ -12,7 +12,7 @@ from ..config import ConfigError
 from ..core.memory import Memory
 from ..core.model import memories
 from .config import TaskTokensConfig
-from .covers import Embedding, Head, Loss, TransitionScores, embed_scale
+from .covers import Embedding, Head, Loss, Resize, TransitionScores, embed_scale
 from .module import BaseRows, TaskRows
 from .procedure import Procedure, sample
 from .tokenizer import add_to_tokenizer
@@ -27,7 +27,8 @@ class TaskTokens(Memory):
     With it logits are (..., V + places): the first V are the base's, bit for bit, for texts without task tokens. The
     base has no new rows: its tensors, `config.vocab_size` and tokenizer stay as they are.
 
-    A procedure's id is V plus its place in `config.names`, and stays its id until it is removed. Its place is then free:
+    A procedure's id is V plus its place in `config.names`, and stays its id until it is removed, or the base's embedding is
+    resized: then V is the new number of rows, and a tokenizer that knows the procedures is to be made anew. Its place is then free:
     it is never predicted (a logit of -inf; the least there is where the base caps logits by a tanh), reading its id is an
     error, and the next procedure that is added takes the lowest free place. So a tokenizer that still knows a
     removed procedure is out of date; make a new one from the base's with `add_to_tokenizer`.
@@ -77,13 +78,20 @@ class TaskTokens(Memory):
         return cls(config, embedding, head)
 
     def install(self, model: nn.Module) -> list:
-        head = model.get_output_embeddings()
-        return [
-            Embedding(self, model.get_input_embeddings()),
-            Head(self, head),
-            Loss(model),
-            TransitionScores(model),
-        ]
+        hooks = self.sit_on(model)
+        hooks.insert(0, Resize(self, model, hooks))
+        return hooks
+
+    def sit_on(self, model: nn.Module) -> list:
+        """Put the hooks on the model's embedding and head as they are now; ids begin behind the embedding's last row."""
+        embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+        self.base = {"input": BaseRows(embedding), "output": BaseRows(head)}
+        self.first_id = embedding.weight.shape[0]
+        return [Embedding(self, embedding), Head(self, head), Loss(model), TransitionScores(model)]
+
+    @property
+    def needs_head(self) -> bool:
+        return self.rows.n_places > 0
 
     @property
     def names(self) -> list[str]:
@@ -239,8 +247,8 @@ class TaskTokens(Memory):
         if n_rows != self.first_id:
             raise ValueError(
                 f"the model's embedding had {self.first_id} rows when the task tokens were attached and has {n_rows} now, so "
-                "that their ids are taken. Resize before ml.attach: save the procedures with export, detach, resize, attach, "
-                "add_exported"
+                "that their ids are taken. Resize with model.resize_token_embeddings, which moves them, or export the "
+                "procedures, detach, change the embedding, attach and add_exported"
             )
 
     def check_ids(self, ids: torch.Tensor) -> None:

@@ -91,7 +91,7 @@ def test_read_back_counts_what_the_memory_gives_back(tiny_llama):
     tiny_llama.requires_grad_(False)
     each = ladder("reversible, read back")
     memory, some = ml.attach(tiny_llama, each.of_size(4, 10), name=MEMORY), text(10)
-    assert memory.segment_length == 12  # 4 tokens of 3 each: the text is one segment
+    assert memory.schedule.reach == 12  # 4 tokens of 3 each: the text is one segment
     kept = Kept(tiny_llama, some, reads_back=True)
     said, mask = ml.read_back(tiny_llama, kept.state)
     assert mask.sum() == 10

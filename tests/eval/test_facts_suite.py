@@ -143,7 +143,7 @@ def test_questions_are_asked_in_the_order_of_their_lengths(tiny_llama, tokenizer
 
 
 def test_arms_of_a_memory(tiny_llama, tokenizer):
-    ml.attach(tiny_llama, ml.MemoryTokensConfig(n_tokens=4, segment_length=64), name="stream")
+    ml.attach(tiny_llama, ml.MemoryTokensConfig(n_tokens=4, segment_length=8), name="stream")
     with torch.no_grad():
         for _, parameter in ml.memory_parameters(tiny_llama):
             parameter.add_(3 * torch.randn_like(parameter))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from collections import defaultdict
 
@@ -44,8 +45,10 @@ class Recaller(LlamaForCausalLM):
 
 
 @pytest.fixture
-def recaller(tiny_llama):
-    """With memory in segments of `WINDOW` tokens; `Recaller` looks at the whole call whatever the segments are."""
+def recaller(tiny_llama, monkeypatch):
+    """With memory in segments of `WINDOW` tokens; `Recaller` looks at the whole call whatever the segments are, so that
+    `attach` would refuse it: nothing that memory holds reaches its logits."""
+    monkeypatch.setattr(importlib.import_module("memlayers.attach"), "probe", lambda model, name: None)
     model = Recaller(tiny_llama.config)
     ml.attach(model, ml.MemoryTokensConfig(n_tokens=2, segment_length=WINDOW), name="stream")
     return model

@@ -5,9 +5,9 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
+from memlayers.core.state import MemoryState
 from memlayers.neural import NeuralMemory, NeuralMemoryConfig
 from memlayers.neural.streams import streams
-from memlayers.core.state import MemoryState
 from tests.neural.neural_cases import CASES, CHUNK, HIDDEN, assert_same, cat, memory, rows, tokens
 
 

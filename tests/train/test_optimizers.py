@@ -6,8 +6,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 import memlayers as ml
-from memlayers.optim import RowSparseAdamW, clip_gradients
 from memlayers.core.model import value_tables
+from memlayers.optim import RowSparseAdamW, clip_gradients
 from memlayers.train.model import build_model
 from memlayers.train.optimizers import (
     make_optimizers,

@@ -88,7 +88,7 @@ def test_lora_beside_memory(config, base):
         train_what="memory_and_lora", lora={"r": 2, "alpha": 4.0, "target_modules": ["q_proj", "v_proj"]}
     )
     final = train(run)
-    adapter = load_file(final / "lora" / "adapter_model.safetensors")
+    adapter = load_file(final / "adapters" / "lora" / "adapter_model.safetensors")
     assert any(tensor.abs().sum() > 0 for name, tensor in adapter.items() if "lora_B" in name)
     checkpoint = load_file(Path(run.output_dir) / "checkpoints" / "step-00000006" / "model.safetensors")
     state = ml.load(final).state_dict()
