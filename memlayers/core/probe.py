@@ -71,6 +71,16 @@ def _text(model: nn.Module, n_tokens: int = N_TOKENS) -> torch.Tensor:
 
 
 @torch.no_grad()
+def _has_cache(model: nn.Module, name: str, memory: Memory) -> str | None:
+    """Whether the base keeps keys and values, beside which memory is carried."""
+    with disabled(model):
+        output = model(_text(model), use_cache=True)
+    if getattr(output, "past_key_values", None) is None:
+        return "it keeps no keys and values (`past_key_values`), beside which memory is carried from call to call"
+    return None
+
+
+@torch.no_grad()
 def _is_written(model: nn.Module, name: str, memory: Memory) -> str | None:
     """Whether its hooks find the pass, and writing changes the state."""
     by_reading = isinstance(memory, StatefulMemory) and memory.gradient_writer is None
@@ -177,6 +187,7 @@ def _apart(got: torch.Tensor, expected: torch.Tensor) -> float | None:
 
 
 STEPS = {
+    "cache": _has_cache,
     "writing": _is_written,
     "reading": _is_read,
     "decoding with a cache": _where_the_base_does(
