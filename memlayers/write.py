@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 import torch
 from tqdm.auto import tqdm
 
+from .core.checks import check_state
 from .core.masks import padding_last, positions_of
 from .core.memory import fresh_state
-from .core.methods import check_state
 from .core.model import (
     decoder_of,
     device_of,
@@ -76,8 +76,11 @@ def write(
         )
     check_state(reading, state, input_ids.shape[0])
     if written_by_gradient(model):
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        state = state or fresh_state(reading, input_ids.shape[0])
+        given = (input_ids, mask.bool(), state)
         options = {"differentiable": differentiable, "progress": progress}
-        return _write_by_gradient(model, reading, input_ids, attention_mask, state, **options)
+        return state.replace({n: m.write(model, n, *given, **options) for n, m in reading.items()})
     if differentiable:
         raise ValueError(
             "differentiable: this model's memories are written by forward calls; take output.memory_state of "
@@ -122,13 +125,6 @@ def _tokens(model, input_ids, attention_mask) -> Iterator[tuple[int, dict, dict]
         stop = min(start + TOKENS_PER_CALL, n_tokens)
         tensors = {"input_ids": input_ids[:, start:stop], "attention_mask": mask[:, :stop]}
         yield stop - start, {**tensors, "position_ids": positions[:, start:stop]}, {"use_cache": True}
-
-
-def _write_by_gradient(model, reading, input_ids, attention_mask, state, **options) -> MemoryState:
-    mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-    state = state or fresh_state(reading, input_ids.shape[0])
-    written = {n: m.write(model, n, input_ids, mask.bool(), state, **options) for n, m in reading.items()}
-    return state.replace(written)
 
 
 class Rows:

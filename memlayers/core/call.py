@@ -126,17 +126,6 @@ BLOCK: ContextVar[Block | None] = ContextVar("memlayers_block", default=None)
 """The pass under way."""
 
 
-SEEN: ContextVar[set | None] = ContextVar("memlayers_seen", default=None)
-"""Hooks that have found the pass that they are in; kept while `probe` looks."""
-
-
-def found_by(hook: object) -> None:
-    """Note that a hook has found its pass."""
-    seen = SEEN.get()
-    if seen is not None:
-        seen.add(hook)
-
-
 @contextlib.contextmanager
 def holding(variable: ContextVar, value) -> Iterator[None]:
     """`variable` at `value` within the block, in this thread alone."""

@@ -6,13 +6,28 @@ Objects and not closures, so that a deep copy of the model has hooks of its own 
 from __future__ import annotations
 
 import inspect
+from contextvars import ContextVar
 from functools import partial
 
 import torch
 from torch import nn
 
-from .call import BLOCK, Block, found_by, holding
+from .call import BLOCK, Block, holding
 from .memory import LayerMemory, Memory
+
+IGNORED = "keys_to_ignore_at_inference"
+"""Field of a config by which HF Trainer knows what of an output is no prediction."""
+
+
+SEEN: ContextVar[set | None] = ContextVar("memlayers_seen", default=None)
+"""Hooks that have found the pass that they are in; kept while `probe` looks."""
+
+
+def found_by(hook: object) -> None:
+    """Note that a hook has found its pass."""
+    seen = SEEN.get()
+    if seen is not None:
+        seen.add(hook)
 
 
 class MethodOverride:
@@ -47,6 +62,17 @@ class MethodOverride:
         if self.below is not None:
             return inspect.signature(self.below)
         return inspect.signature(getattr(type(self.module), self.name).__get__(self.module))
+
+    def by_name(self, args: tuple, kwargs: dict) -> dict:
+        """The arguments of a call by their names."""
+        if not args:
+            return dict(kwargs)
+        signature = self.__signature__
+        bound = signature.bind_partial(*args, **kwargs)
+        for parameter in signature.parameters.values():
+            if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+                return {**bound.arguments, **bound.arguments.pop(parameter.name, {})}
+        return dict(bound.arguments)
 
     def remove(self) -> None:
         """Give the module back what it had. Another override that was put on top keeps its place; so does another
@@ -84,6 +110,12 @@ class PartHook(MethodOverride):
             return self.original(*args, **kwargs)
         if block is not None:
             found_by(self)
+        elif isinstance(self.memory, LayerMemory):
+            raise ValueError(
+                f"{self.part} of layer {self.layer} was called by itself, out of a call of its model, so that a memory of kind "
+                f"{self.memory.config.type} has no state to read; call the model or its decoder, or leave memory out with "
+                "memlayers.disabled(model)"
+            )
         return self.memory.around(self, block, args, kwargs)
 
 
@@ -137,6 +169,21 @@ class LayerHook(MethodOverride):
                 f"layer {self.layer} was called by itself, out of a call of its model, so that memory {passed[0]!r} has no "
                 "state to read; call the model or its decoder, or leave memory out with memlayers.disabled(model)"
             )
+
+
+class IgnoredKey:
+    """The output's `memory_state` among the keys of the config that HF Trainer takes for no prediction."""
+
+    def __init__(self, model: nn.Module):
+        self.config = model.config
+        setattr(self.config, IGNORED, [*getattr(self.config, IGNORED, ["past_key_values"]), "memory_state"])
+
+    def remove(self) -> None:
+        """Give the config back what it had."""
+        ignored = [key for key in getattr(self.config, IGNORED, []) if key != "memory_state"]
+        self.config.__dict__.pop(IGNORED, None)
+        if ignored != getattr(self.config, IGNORED, ["past_key_values"]):
+            setattr(self.config, IGNORED, ignored)
 
 
 def _in_block(block: Block, forward, kwargs: dict, *args):

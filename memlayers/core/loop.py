@@ -17,12 +17,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import Cache
 
 from .call import BLOCK, Block, Call, holding
-from .masks import none_if_full, padding_first, positions_of, sliding_masks
+from .checks import check_table, check_width
+from .masks import none_if_full, padding_first, positions_of, slide, sliding_masks, used_columns
 from .memory import LayerMemory, fresh_state
-from .model import has_position_table, max_positions, new_cache, text_config
+from .model import new_cache, text_config
+from .outputs import connected, joined, per_token
 from .schedule import Plan, take
 from .state import PENDING, Fields, MemoryState
 
@@ -33,10 +35,8 @@ class Piece:
 
     Attributes:
         tokens, mask: embeddings (batch, n, hidden_size), and bool (batch, n), False at padding.
-        attention_mask, position_ids: as the decoder is given them; made here where memory tokens stand around.
-        window: where keys and values are, or None.
-        writes: whether what is read is written too.
-        n_after: segments that follow.
+        attention_mask, position_ids, window: as the decoder is given them.
+        writes: whether what is read is written too; n_after: segments that follow.
         text: columns of the tokens among those that run.
         inverse: columns that run → where they were before padding was moved to the front; None: not moved.
     """
@@ -95,15 +95,15 @@ def run(
         fields = _updated(block, piece)
         if piece.n_after:
             fields = _truncate(call, fields, piece.n_after)
-        parts.append(_per_token(outputs, piece))
+        parts.append(per_token(outputs, piece))
     written = fields if call.write or reading.framed else {}
     call.cache.memory_state = state.replace({**written, **reading.pending()})
     call.cache.seen += embeds.shape[1]
     call.done = True
-    whole = {name: _joined([p[name] for p in parts], reading.restore) for name in parts[0]}
+    whole = {name: joined([p[name] for p in parts], reading.restore) for name in parts[0]}
     if "router_logits" in whole and outputs.router_logits[0].dim() == 2:
         whole["router_logits"] = tuple(x.flatten(0, 1) for x in whole["router_logits"])
-    whole["last_hidden_state"] = _connected(call, whole["last_hidden_state"])
+    whole["last_hidden_state"] = connected(call, whole["last_hidden_state"])
     if len(parts) == 1 and not reading.framed:
         whole = {**outputs, **whole}  # attentions too
     whole["past_key_values"] = call.cache if call.keep_kv else None
@@ -140,7 +140,7 @@ class Segments:
     def __init__(self, call: Call, state: MemoryState, embeds: torch.Tensor):
         self.call, self.n_tokens, old = call, embeds.shape[1], state[PENDING]
         source = torch.cat([old["embeds"].to(embeds.dtype), embeds], dim=1)
-        mask = torch.cat([_used(old), call.mask], dim=1)
+        mask = torch.cat([used_columns(old), call.mask], dim=1)
         self.size = call.schedule.reach if call.write or call.flush else source.shape[1]
         self.plan = Plan.of(mask, self.size)
         self.tokens, self.filled = self.plan.arrange(source, mask)
@@ -181,7 +181,7 @@ class OpenSegment:
     def pieces(self) -> Iterator[Piece]:
         call, cache, n_tokens = self.call, self.call.cache, self.embeds.shape[1]
         cache.window_mask = torch.cat([cache.window_mask, call.mask], dim=1)
-        _check_width(call, cache.window_mask.shape[1])
+        check_width(call, cache.window_mask.shape[1])
         positions = positions_of(cache.window_mask)[:, -n_tokens:]
         seen = none_if_full(cache.window_mask)
         yield Piece(self.embeds, call.mask, seen, positions, cache.window, writes=False)
@@ -189,7 +189,7 @@ class OpenSegment:
     def pending(self) -> dict[str, Fields]:
         mask, old = self.call.mask, self.old
         tokens = torch.cat([old["embeds"].to(self.embeds.dtype), self.embeds], dim=1)
-        used = torch.cat([_used(old), mask], dim=1)
+        used = torch.cat([used_columns(old), mask], dim=1)
         if not mask.all():
             tokens = take(tokens, padding_first(used))
         return {PENDING: {"embeds": tokens, "length": used.sum(1)}}
@@ -214,7 +214,7 @@ class Blocks:
             before = sum(taken).to(embeds.device).repeat_interleave(call.cache.rows_per_state)
             position_ids = position_ids + before[:, None]
         if taken or slides:
-            _check_table(call, position_ids)
+            check_table(call, position_ids)
         self.position_ids = position_ids
 
     def pieces(self) -> Iterator[Piece]:
@@ -240,7 +240,7 @@ class Blocks:
             seen = sliding_masks(config, mask, new.shape[1], reach, self.embeds)
             given = None if alone else window
             yield Piece(self.embeds[:, here], new, seen, self.position_ids[:, here], given)
-            mask = _slide(window, mask, reach - 1)
+            mask = slide(window, mask, reach - 1)
         if call.keep_kv:
             cache.window, cache.window_mask = window, mask
 
@@ -264,7 +264,7 @@ def _frame(block: Block, piece: Piece) -> None:
     for name, writer in writers.items():
         write_at[name] = slice(stop, stop + writer.shape[1])
         stop += writer.shape[1]
-    _check_width(block.call, stop)
+    check_width(block.call, stop)
     sequence = [*(x for x, _ in reads), tokens, *writers.values()]
     sequence = torch.cat([x.to(tokens.dtype) for x in sequence], dim=1)
     always = mask.new_ones(len(mask), 1).expand(-1, stop - start - tokens.shape[1])
@@ -306,79 +306,3 @@ def _truncate(call: Call, fields: dict[str, Fields], to_end: int) -> dict[str, F
         detach = length is not None and to_end % length == 0
         cut[name] = {f: t.detach() for f, t in part.items()} if detach else part
     return cut
-
-
-def _per_token(outputs, piece: Piece) -> dict:
-    """What the decoder gives out for each token, at the text's tokens."""
-    found = {"last_hidden_state": piece.at_text(outputs.last_hidden_state)}
-    if outputs.get("hidden_states"):
-        found["hidden_states"] = tuple(piece.at_text(x) for x in outputs.hidden_states)
-    if outputs.get("router_logits"):  # one row a token and batch row, in a mixture of experts
-        rows = len(piece.tokens)
-        found["router_logits"] = tuple(
-            piece.at_text(x.reshape(rows, -1, x.shape[-1])) for x in outputs.router_logits
-        )
-    return found
-
-
-def _joined(parts: list, restore: Callable[[torch.Tensor], torch.Tensor]):
-    """One output of all blocks: a tensor, or a tuple with one a layer."""
-    if isinstance(parts[0], tuple):
-        return tuple(_joined(list(layer), restore) for layer in zip(*parts, strict=True))
-    if parts[0] is None:
-        return None
-    return restore(torch.cat(parts, dim=1) if len(parts) > 1 else parts[0])
-
-
-def _connected(call: Call, hidden: torch.Tensor) -> torch.Tensor:
-    """`hidden`, in training connected with all that the memories learn: a text too short to be written, or to read what
-    was, gives a gradient of zero, so that a loss can be differentiated and all processes of DDP wait for the same."""
-    if not (torch.is_grad_enabled() and call.decoder.training):
-        return hidden
-    learning = [p for memory in call.memories.values() for p in memory.parameters() if p.requires_grad]
-    return _Connect.apply(hidden, *learning) if learning else hidden
-
-
-class _Connect(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, hidden, *parameters):
-        ctx.parameters = parameters
-        return hidden.view_as(hidden)
-
-    @staticmethod
-    def backward(ctx, grad):
-        return grad, *(torch.zeros_like(parameter) for parameter in ctx.parameters)
-
-
-def _slide(window: Cache, mask: torch.Tensor, keep: int) -> torch.Tensor:
-    """Drop keys and values that no later token can reach; the mask of those that are left."""
-    for layer in window.layers:
-        if isinstance(layer, DynamicLayer) and layer.get_seq_length() > keep:
-            layer.keys, layer.values = (t[:, :, t.shape[2] - keep :] for t in (layer.keys, layer.values))
-    return mask[:, max(mask.shape[1] - keep, 0) :]
-
-
-def _used(pending: Fields) -> torch.Tensor:
-    """(batch, width) bool: which columns of the right-aligned pending tokens hold one."""
-    width = pending["embeds"].shape[1]
-    column = torch.arange(width, device=pending["length"].device)
-    return column >= width - pending["length"][:, None]
-
-
-def _check_width(call: Call, width: int) -> None:
-    limit = max_positions(call.decoder)
-    if limit is not None and width > limit:
-        raise ValueError(
-            f"the open segment with its memory tokens has {width} tokens, the model has positions for {limit}; lower "
-            "segment_length or n_tokens, or generate fewer tokens"
-        )
-
-
-def _check_table(call: Call, position_ids: torch.Tensor) -> None:
-    """Where positions are looked up in a table, raise ValueError for one past its end."""
-    limit = max_positions(call.decoder)
-    if has_position_table(call.decoder) and limit is not None and int(position_ids.max()) >= limit:
-        raise ValueError(
-            f"the text reaches position {int(position_ids.max())}, the model has a table of {limit}; write it in "
-            f"pieces of at most {limit} tokens: state = ml.write(model, piece, state)"
-        )

@@ -5,6 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
+from transformers.cache_utils import Cache, DynamicLayer
+
+from .state import Fields
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -103,3 +106,18 @@ def expand_mask(
             "load the model with attn_implementation='sdpa' or 'eager'"
         )
     return mask
+
+
+def slide(window: Cache, mask: torch.Tensor, keep: int) -> torch.Tensor:
+    """Drop keys and values that no later token can reach; the mask of those that are left."""
+    for layer in window.layers:
+        if isinstance(layer, DynamicLayer) and layer.get_seq_length() > keep:
+            layer.keys, layer.values = (t[:, :, t.shape[2] - keep :] for t in (layer.keys, layer.values))
+    return mask[:, max(mask.shape[1] - keep, 0) :]
+
+
+def used_columns(pending: Fields) -> torch.Tensor:
+    """(batch, width) bool: which columns of the right-aligned pending tokens hold one."""
+    width = pending["embeds"].shape[1]
+    column = torch.arange(width, device=pending["length"].device)
+    return column >= width - pending["length"][:, None]

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from ..config import ConfigError
-from .call import SEEN, holding
-from .hooks import LayerHook, PartHook
+from .call import holding
+from .hooks import SEEN, LayerHook, PartHook
 from .masks import positions_of
 from .memory import LayerMemory, Memory, StatefulMemory, fresh_state
 from .model import (

@@ -16,8 +16,8 @@ class Schedule:
     """How memories of one model read a text. All of one model share it.
 
     Attributes:
-        kv: what of a block's keys and values the next block sees: nothing (`drop`), those that a sliding window still
-            reaches (`slide`), or all (`keep`).
+        kv: what of a block's keys and values the next block sees: nothing (`drop`; its positions then begin at 0 again),
+            those that a sliding window still reaches (`slide`), or all (`keep`).
         reach: text tokens that attention reaches; None: as many as in the base.
     """
 
@@ -28,11 +28,6 @@ class Schedule:
     def block(self) -> int | None:
         """Tokens that run together; None: all of a call."""
         return max(self.reach, LEAST_BLOCK) if self.kv == "slide" else self.reach
-
-    @property
-    def positions(self) -> Literal["restart", "continue"]:
-        """Whether a block's positions begin at 0 again. They do where it sees no keys of the block before it."""
-        return "restart" if self.kv == "drop" else "continue"
 
     @staticmethod
     def segments(length: int) -> Schedule:

@@ -244,6 +244,11 @@ class MemoryCache(Cache):
         past.__init__()
         return past
 
+    def update(self, *args, **kwargs):
+        raise ValueError(
+            "past_key_values is a MemoryCache, but this model has no memory to read it; give a plain cache or none"
+        )
+
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.seen
 

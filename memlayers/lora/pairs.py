@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from ..core.checks import check_state
 from ..core.memory import fresh_state
-from ..core.methods import check_state
 from ..core.model import stateful
 from ..core.state import MemoryState
 from ..writing import of_pairs
