@@ -5,11 +5,10 @@ import pickle
 
 import pytest
 import torch
-from matrix import TEXT, llama, near, pad, same_state, says, tokens, wrap
+from matrix import TEXT, llama, near, same_state, says, tokens, wrap
 from transformers import DynamicCache, StaticCache
 
 import memlayers as ml
-from memlayers.core.state import MemoryCache
 
 STATEFUL = [
     *("recurrent", "accumulate", "prefix", "neural_mag", "neural_mac", "neural_window"),
@@ -24,7 +23,6 @@ CACHES = {
 }
 made = pytest.mark.parametrize("make", list(CACHES))
 FOLLOW = 3
-NEW = 4
 
 
 def follow(rows=2):
@@ -152,7 +150,9 @@ def test_crop_is_refused_where_what_was_read_is_in_memory(name, make):
 
 @torch.no_grad()
 @made
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["deepcopy", "pickle"])
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["deepcopy", "pickle"]
+)
 @stateful
 def test_a_copy_is_a_cache_of_its_own(name, copied, make):
     """The recipe "re-use a cache": one prompt, several texts behind it."""
@@ -174,7 +174,9 @@ def test_a_filled_cache_is_refused_and_left_alone(name):
         model(ids, past_key_values=cache)
         expected = model(follow(), past_key_values=copy.deepcopy(cache)).logits
     for call in (model, model.model):
-        with pytest.raises(ValueError, match=says(f"holds {TEXT} tokens read without memory", "state.to_cache()")):
+        with pytest.raises(
+            ValueError, match=says(f"holds {TEXT} tokens read without memory", "state.to_cache()")
+        ):
             call(follow(), past_key_values=cache)
     assert type(cache) is DynamicCache
     with ml.disabled(model):
@@ -187,7 +189,10 @@ def test_a_cache_with_memory_is_refused_where_memory_is_disabled(name):
     model = llama(name).model()
     cache = filled(model)
     for call in (model, model.model):
-        with ml.disabled(model), pytest.raises(ValueError, match=says("MemoryCache", "disabled", "plain cache")):
+        with (
+            ml.disabled(model),
+            pytest.raises(ValueError, match=says("MemoryCache", "disabled", "plain cache")),
+        ):
             call(follow(), past_key_values=cache)
     near(read(model, cache)[0], reference(model)[0])
 
@@ -269,66 +274,3 @@ def test_a_cache_without_memory_stays_as_it_is(name):
         near(model(ids[:, 7:], past_key_values=cache).logits, model(ids).logits[:, 7:])
         cache.crop(-(TEXT - 7))
         near(model(ids[:, 7:], past_key_values=cache).logits, model(ids).logits[:, 7:])
-
-
-def generate(model, ids, **options):
-    options = {"max_new_tokens": NEW, "do_sample": False, "attention_mask": torch.ones_like(ids), **options}
-    output = model.generate(ids, return_dict_in_generate=True, output_logits=True, **options)
-    return output.sequences, torch.stack(output.logits, 1)
-
-
-@torch.no_grad()
-@stateful
-def test_generate_with_a_cache_of_the_callers(name):
-    model, ids = llama(name).model(), tokens(2, TEXT)
-    expected, logits = generate(model, ids)
-    for make in CACHES.values():
-        cache = make(model)
-        got, got_logits = generate(model, ids, past_key_values=cache)
-        assert torch.equal(got, expected)
-        near(got_logits, logits)
-        assert isinstance(cache, MemoryCache) and cache.get_seq_length() == TEXT + NEW - 1
-        state = cache.memory_state
-        near(model(follow(), memory_state=state).logits, read(model, state.to_cache())[0])
-    static, static_logits = generate(model, ids, cache_implementation="static")
-    assert torch.equal(static, expected)
-    near(static_logits, logits)
-
-
-@torch.no_grad()
-@stateful
-def test_beams_with_a_cache_of_the_callers(name):
-    model, ids = llama(name).model(), pad([tokens(1, TEXT)[0], tokens(1, TEXT, seed=1)[0]], "left")[0]
-    options = {"num_beams": 2, "max_new_tokens": NEW, "do_sample": False, "attention_mask": torch.ones_like(ids)}
-    expected = model.generate(ids, **options)
-    assert torch.equal(model.generate(ids, past_key_values=DynamicCache(), **options), expected)
-
-
-@torch.no_grad()
-@stateful
-def test_prompt_lookup_is_right_or_refused(name):
-    model, ids = llama(name).model(), tokens(1, 6).repeat(1, 2)
-    expected, _ = generate(model, ids, max_new_tokens=6)
-    if name not in CROPS:
-        with pytest.raises((NotImplementedError, ValueError), match=says("crop")):
-            generate(model, ids, prompt_lookup_num_tokens=2, max_new_tokens=6)
-        return
-    state = ml.write(model, tokens(1, TEXT, seed=4))
-    for given in ({}, {"memory_state": state}):
-        expected, _ = generate(model, ids, max_new_tokens=6, **given)
-        got, _ = generate(model, ids, prompt_lookup_num_tokens=2, max_new_tokens=6, **given)
-        assert torch.equal(got, expected)
-
-
-@torch.no_grad()
-@stateful
-def test_assisted_decoding_is_right_or_refused(name):
-    case = llama(name)
-    model, ids = case.model(), tokens(1, 7)
-    expected, _ = generate(model, ids, max_new_tokens=6)
-    if name not in CROPS:
-        with pytest.raises((NotImplementedError, ValueError), match=says("crop")):
-            generate(model, ids, assistant_model=case.base(), max_new_tokens=6)
-        return
-    got, _ = generate(model, ids, assistant_model=case.base(), max_new_tokens=6)
-    assert torch.equal(got, expected)

@@ -91,6 +91,15 @@ class MethodOverride:
             top = top.below
 
 
+class Uncompiled(MethodOverride):
+    """One that runs as it stands under `torch.compile`, with all that it calls."""
+
+    def __new__(cls, *args, **kwargs):
+        if not hasattr(cls.call, "_torchdynamo_disable"):  # here, because the compiler takes seconds to import
+            cls.call = torch.compiler.disable(cls.call)
+        return super().__new__(cls)
+
+
 class PartHook(MethodOverride):
     """One memory around the `forward` of a part of the decoder: an attention, an MLP or a linear layer.
 

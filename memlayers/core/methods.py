@@ -26,7 +26,7 @@ from .checks import (
     new_mask,
 )
 from .follow import follow
-from .hooks import IgnoredKey, LayerHook, MethodOverride
+from .hooks import IgnoredKey, LayerHook, MethodOverride, Uncompiled
 from .loop import run
 from .memory import StatefulMemory
 from .model import Memories, decoder_layers, decoder_of, text_config
@@ -49,7 +49,7 @@ def override_methods(model: nn.Module, root: Memories) -> None:
     root.hooks.append(IgnoredKey(model))
 
 
-class ModelForward(MethodOverride):
+class ModelForward(Uncompiled):
     """The model's forward with memory.
 
     Besides the model's own arguments it takes
@@ -79,7 +79,6 @@ class ModelForward(MethodOverride):
         at_end = own[-1:] if own[-1].kind is inspect.Parameter.VAR_KEYWORD else []
         return signature.replace(parameters=own[: len(own) - len(at_end)] + extra + at_end)
 
-    @torch.compiler.disable
     def call(self, *args, memory_state=None, close_memory=False, write_memory=None, **kwargs):
         arguments = self.by_name(args, kwargs)
         follow(self.module)
@@ -100,7 +99,7 @@ class ModelForward(MethodOverride):
         return output.to_tuple() if as_tuple else output
 
 
-class DecoderForward(MethodOverride):
+class DecoderForward(Uncompiled):
     """The decoder's forward: takes the call that its model has begun, or begins one, and reads. Called by itself it takes
     and returns what `ModelForward` does."""
 
@@ -108,7 +107,6 @@ class DecoderForward(MethodOverride):
         super().__init__(decoder, "forward")
         self.memories = root
 
-    @torch.compiler.disable
     def call(self, *args, **kwargs):
         arguments, decoder = self.by_name(args, kwargs), self.module
         check_not_inside(BLOCK.get(), decoder)
@@ -124,8 +122,12 @@ class DecoderForward(MethodOverride):
         if own:
             asked = [arguments.pop(name, default) for name, default in EXTRA]
             call = begin(self.memories, decoder, arguments, *asked)
+        as_tuple = arguments.get("return_dict") is False
         output = self._read(call, arguments)
-        return with_state(output, call.state) if own else output
+        if not own:
+            return output
+        output = with_state(output, call.state)
+        return output.to_tuple() if as_tuple else output
 
     def _read(self, call: Call, arguments: dict):
         ids, embeds = arguments.pop("input_ids", None), arguments.pop("inputs_embeds", None)
