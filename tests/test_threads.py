@@ -141,7 +141,7 @@ def test_two_trainings_get_the_gradients_that_each_gets_alone(kind):
     if not kind.learns and not kind.by_gradient:
         pytest.skip(f"{kind.name} has no parameters")
     model = wrap(llama().base(), kind).train()
-    model.activation_checkpointing_enable({"use_reentrant": False})
+    model.gradient_checkpointing_enable({"use_reentrant": False})
     learned = [p for _, p in ml.memory_parameters(model) if p.requires_grad]
 
     def job(user, n):

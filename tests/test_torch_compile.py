@@ -16,11 +16,12 @@ KINDS = [
     *("associative", "reversible", "product_key", "task_tokens"),
 ]
 STATELESS = ("base", "product_key", "task_tokens")
-every_kind = pytest.mark.parametrize("name", KINDS)
+SOME = ["recurrent", "neural_mag", "lora", "product_key", "task_tokens"]
+some_kinds = pytest.mark.parametrize("name", SOME)
 
 IN_TURN = ["base", "product_key", "lora", "task_tokens", "recurrent"]
-ORDERS = [way[i:] + way[:i] for way in (IN_TURN, IN_TURN[::-1]) for i in range(5)]
-"""Every kind stands before and behind every other, first and last."""
+ORDERS = [way[i:] + way[:i] for way in (IN_TURN, IN_TURN[::-1]) for i in (0, 2)]
+"""Every kind stands before and behind every other."""
 
 graphs = []
 
@@ -92,8 +93,14 @@ HOW = {
 }
 
 
-@pytest.mark.parametrize("how", HOW)
-@every_kind
+@pytest.mark.parametrize(
+    ("name", "how"),
+    [
+        *((name, "wrapped") for name in KINDS),
+        *((name, how) for name in SOME for how in ("in_place", "its_forward")),
+        *((name, "its_layers") for name in ("recurrent", "lora")),  # which takes longest
+    ],
+)
 def test_attached_and_detached_after_compiling(name, how):
     case = llama(name)
     model, ids = case.base(), tokens(2, TEXT)
@@ -122,7 +129,7 @@ def test_attached_and_detached_after_compiling(name, how):
         near(wrapped(case.tokens(2, TEXT), **state).logits, expected)
 
 
-@every_kind
+@some_kinds
 def test_a_compiled_model_is_looked_at_and_saved(name, tmp_path):
     case = llama(name)
     model = case.model()
@@ -150,7 +157,7 @@ def test_a_compiled_model_is_looked_at_and_saved(name, tmp_path):
     near(wrapped(tokens(2, 4)).logits, case.base()(tokens(2, 4)).logits)
 
 
-@every_kind
+@some_kinds
 def test_memory_is_trained_through_it(name):
     case = llama(name)
     model, ids = case.model().train(), case.tokens(2, TEXT)
@@ -174,7 +181,7 @@ def one_process(tmp_path):
     dist.destroy_process_group()
 
 
-@every_kind
+@some_kinds
 def test_two_wrappers_of_one_model_in_turn(name, one_process):
     model = llama(name).model()
     wrappers = [compiled(model), DistributedDataParallel(model), compiled(DistributedDataParallel(model))]
@@ -183,7 +190,7 @@ def test_two_wrappers_of_one_model_in_turn(name, one_process):
         assert ml.memories(wrapper) == ml.memories(model)
 
 
-@every_kind
+@some_kinds
 def test_compiled_and_peft_in_turn(name):
     model = llama(name).model()
     wrapped = compiled(model)
@@ -201,7 +208,7 @@ def test_compiled_and_peft_in_turn(name):
     agree(compiled(adapted), model, name)
 
 
-@every_kind
+@some_kinds
 def test_a_copy_of_a_compiled_model_is_a_model_of_its_own(name):
     model = llama(name).model()
     wrapped = compiled(model)
@@ -215,4 +222,4 @@ def test_a_copy_of_a_compiled_model_is_a_model_of_its_own(name):
     state = given(model, name)
     with torch.no_grad():
         far = (other(ids_of(name), **state).logits - wrapped(ids_of(name), **state).logits).abs().max()
-    assert far > 1e-3 or name == "cartridge"  # which reads what the state holds alone
+    assert far > 1e-3 or name in ("lora", "cartridge")  # which read what the state holds alone
