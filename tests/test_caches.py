@@ -58,6 +58,7 @@ def test_a_text_goes_on_with_it(name, make):
     model = llama(name).model()
     cache = filled(model, make)
     assert cache.get_seq_length() == TEXT and cache.batch_size == 2
+    assert (cache or None) is cache
     (got, state), (expected, expected_state) = read(model, cache), reference(model)
     near(got, expected)
     same_state(state, expected_state)

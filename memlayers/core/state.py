@@ -244,6 +244,9 @@ class MemoryCache(Cache):
         past.__init__()
         return past
 
+    def __bool__(self) -> bool:
+        return True  # with no layers of its own it would be empty, and memory lost to `cache or DynamicCache()`
+
     def update(self, *args, **kwargs):
         raise ValueError(
             "past_key_values is a MemoryCache, but this model has no memory to read it; give a plain cache or none"

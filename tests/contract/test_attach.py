@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from matrix import LEARNS, SEGMENT, TEXT, cases, llama, near, tokens, wrap
+from matrix import LEARNS, SEGMENT, TEXT, cases, llama, near, pad, tokens, wrap
 
 import memlayers as ml
 
@@ -130,6 +130,38 @@ def test_additive_kinds_start_at_zero_with_a_gradient(case):
         any(p.grad is not None and p.grad.abs().max() > 0 for p in memory.parameters())
         for memory in ml.memories(model).values()
     )
+
+
+READS_WHAT_IS_WRITTEN = (
+    lambda kind: {config.type for config in kind.configs.values()} <= {"tokens", "reversible"},
+    "has something to read before anything is written",
+)
+
+
+@torch.no_grad()
+@cases(*READS_WHAT_IS_WRITTEN)
+def test_nothing_written_is_the_base_bit_for_bit(case):
+    """A text within its first segment, in a batch too, and what is generated from it; trained or not. The base is the same
+    model with its memory disabled: what a matrix product rounds to depends on where the weights lie in memory."""
+    model, ids, longest = case.model(), tokens(2, SEGMENT - 2), tokens(2, 2 * SEGMENT)
+    batch, mask = pad([tokens(1, SEGMENT - 1, seed=1)[0], ids[0]], "left")
+    options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 2, "do_sample": False}
+    options |= {"output_logits": True, "return_dict_in_generate": True}
+
+    def outputs():
+        short = [
+            model(ids).logits,
+            model(ids, use_cache=False).logits,
+            *model.generate(ids, **options).logits,
+        ]
+        return short, model(batch, attention_mask=mask).logits[1, -len(ids[0]) :], model(longest).logits
+
+    got, padded, long = outputs()
+    with ml.disabled(model):
+        expected, alone, base_long = [*outputs()[:1], model(ids[:1]).logits[0], model(longest).logits]
+    assert all(torch.equal(*pair) for pair in zip(got, expected, strict=True))
+    near(padded, alone)
+    assert not torch.equal(long, base_long)
 
 
 @cases(*LEARNS)
