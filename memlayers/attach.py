@@ -10,6 +10,7 @@ from __future__ import annotations
 import uuid
 from typing import TYPE_CHECKING
 
+import torch
 from torch import nn
 
 from .config import ConfigError, MemoryConfig
@@ -66,11 +67,22 @@ def attach(
         ConfigError: the config does not fit this model, names the field; or the memory does not work in this
             architecture, says what was missing.
     """
-    kind, model = module_class(config), unwrap(model)
+    kind = module_class(config)
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        raise TypeError(
+            "the model is in DistributedDataParallel already, which would not synchronise the gradients of a memory; attach "
+            "first, then wrap it (accelerator.prepare, Trainer)"
+        )
+    model = unwrap(model)
     decoder_of(model)
     name = config.type if name is None else name
     _check_name(model, name)
     before = Snapshot(model)
+    with torch.inference_mode(False):
+        return _attach(model, kind, config, name, before, freeze_base, try_it)
+
+
+def _attach(model, kind, config, name: str, before: Snapshot, freeze_base: bool, try_it: bool) -> Memory:
     try:
         memory = kind.for_model(config, model)
         if isinstance(memory, StatefulMemory):

@@ -5,7 +5,7 @@ out/
   memory.safetensors    the memories' tensors
   README.md             model card
   base/                 the base, only with save_base=True (it was trained too)
-  lora/                 a PEFT adapter, where one was injected
+  adapters/NAME/        PEFT's adapters, where some were injected
 """
 
 from __future__ import annotations

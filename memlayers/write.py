@@ -64,7 +64,8 @@ def write(
     model, reading = unwrap(model), stateful(model)
     if not reading:
         raise ValueError(
-            f"nothing to write to: this model's memories are {sorted(memories(model)) or 'none'}"
+            f"nothing to write to: this model's memories are {sorted(memories(model)) or 'none'}, of which none that is enabled "
+            "keeps a state"
         )
     if input_ids.dim() != 2 or input_ids.shape[1] == 0:
         raise ValueError(
@@ -74,6 +75,8 @@ def write(
         raise ValueError(
             f"attention_mask {tuple(attention_mask.shape)} and input_ids {tuple(input_ids.shape)} differ"
         )
+    if attention_mask is not None and not attention_mask.any():
+        raise ValueError("attention_mask has no token to write, all is padding")
     check_state(reading, state, input_ids.shape[0])
     if written_by_gradient(model):
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask

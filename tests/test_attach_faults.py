@@ -1,33 +1,13 @@
-"""A fault anywhere inside `attach` leaves the model bit for bit what it was; what it tries on the way leaves nothing either."""
-
-import contextlib
+"""A fault anywhere inside `attach` leaves the model bit for bit what it was."""
 
 import pytest
 import torch
-from architectures import tiny
-from matrix import KINDS, TEXT, llama, says, tokens, wrap
-from peft import LoraConfig, get_peft_model
+from attach_cases import BY_NAME, SOME, attach, base, check_same, lies_on, logits, unharmed, with_peft
+from matrix import TEXT, llama, tokens, wrap
 
 import memlayers as ml
 from memlayers.core import hooks, methods, probe
-from memlayers.core.call import BLOCK, CALL
-from memlayers.core.memory import DISABLED
 from memlayers.kinds import module_class
-
-BY_NAME = {kind.name: kind for kind in KINDS}
-SOME = [
-    *(
-        "recurrent",
-        "prefix",
-        "product_key",
-        "product_key_replace",
-        "neural_mag",
-        "neural_mac",
-        "neural_window",
-    ),
-    *("lora", "cartridge", "prompt", "associative", "reversible", "task_tokens"),
-]
-some_kinds = pytest.mark.parametrize("name", SOME)
 
 
 class Fault(RuntimeError):
@@ -37,94 +17,6 @@ class Fault(RuntimeError):
 @pytest.fixture(autouse=True)
 def nothing_tried_yet(monkeypatch):
     monkeypatch.setattr(probe, "_tried", set())
-
-
-def base():
-    """A model that its user has worked on: modes, frozen parts, hooks and a method of the user's own."""
-    model = llama().base().train()
-    model.model.layers[0].mlp.eval()
-    next(model.parameters()).requires_grad_(False)
-    model.config.note, model.generation_config.note = ["mine"], ["mine"]
-    model.model.layers[1].register_forward_hook(lambda module, args, output: None)
-    model.lm_head.forward = model.lm_head.forward
-    return model
-
-
-def with_memory(name="product_key"):
-    return wrap(base(), BY_NAME[name])
-
-
-def with_peft():
-    config = LoraConfig(r=2, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
-    return get_peft_model(base(), config)
-
-
-MODELS = {"base": base, "memory": with_memory, "peft": with_peft}
-
-
-def logits(model, ids=None):
-    with torch.no_grad():
-        return model(input_ids=tokens(2, TEXT) if ids is None else ids).logits
-
-
-def lies_on(model):
-    """All that lies on a model: what each module, each class of them and each config holds, and the values of tensors."""
-
-    def held(value):
-        return list(value.items()) if isinstance(value, dict) else value
-
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    things = {"modules": [(name, module) for name, module in model.named_modules()]}
-    for name, module in model.named_modules():
-        things[name] = {key: held(value) for key, value in vars(module).items()}
-        things[f"class of {name}"] = [*vars(type(module)).items()]
-    for config in (inner.config, inner.generation_config):
-        things[type(config).__name__] = dict(vars(config))
-    values = {name: (x, x.clone(), x._version) for name, x in model.state_dict(keep_vars=True).items()}
-    parameters = {name: (p.requires_grad, p.grad) for name, p in model.named_parameters()}
-    state = {name: (module.training, len(module._forward_hooks)) for name, module in model.named_modules()}
-    process = [torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.get_default_dtype()]
-    process += [BLOCK.get(), CALL.get(), DISABLED.get(), hooks.SEEN.get(), torch.get_num_threads()]
-    return things, values, parameters, state, process
-
-
-def check_same(now, before):
-    for things, others in zip(now[:1] + now[2:], before[:1] + before[2:]):
-        assert type(things) is type(others) and len(things) == len(others)
-        for key in things if isinstance(things, dict) else range(len(things)):
-            got, expected = things[key], others[key]
-            if isinstance(got, dict):
-                assert list(got) == list(expected), key
-                assert all(same(got[k], expected[k]) for k in got), key
-            else:
-                assert same(got, expected), key
-    assert list(now[1]) == list(before[1])
-    for name, (tensor, _, version) in now[1].items():
-        was, value, old_version = before[1][name]
-        assert tensor is was and version == old_version and torch.equal(tensor, value), name
-
-
-def same(one, other):
-    """The same objects, one by one."""
-    if isinstance(one, (list, tuple)) and isinstance(other, (list, tuple)):
-        return len(one) == len(other) and all(map(same, one, other))
-    simple = isinstance(one, (int, float, str, frozenset, torch.dtype))
-    return one is other or (simple and type(one) is type(other) and one == other)
-
-
-@contextlib.contextmanager
-def unharmed(model):
-    """What happens inside leaves the model as it is."""
-    expected = logits(model)
-    before = lies_on(model)
-    yield
-    check_same(lies_on(model), before)
-    assert torch.equal(logits(model), expected)
-
-
-def attach(model, name, **options):
-    for memory, config in BY_NAME[name].configs.items():
-        ml.attach(model, config, name=f"new_{memory}", **options)
 
 
 # Places where something goes wrong while a memory is attached: functions that put the fault there.
@@ -151,7 +43,7 @@ def in_for_model(patch, kind):
     def for_model(config, model):
         build(config, model)
         model.register_forward_pre_hook(lambda *_: None)
-        model.config.use_cache, model.generation_config.left = "changed", "behind"
+        model.config.use_cache, model.generation_config.left = False, "behind"
         del model.config.note
         layers = model.model.layers
         layers[0].left = torch.nn.Linear(2, 2)
@@ -219,7 +111,7 @@ OVERRIDES = {  # only with the first memory of a model
 
 
 @pytest.mark.parametrize("place", [*FAULTS, *OVERRIDES])
-@some_kinds
+@pytest.mark.parametrize("name", SOME)
 def test_a_fault_while_attaching(name, place, monkeypatch):
     put, error = {**FAULTS, **OVERRIDES}[place]
     (config,) = BY_NAME[name].configs.values()
@@ -289,9 +181,7 @@ def test_hooks_that_have_yet_to_follow_an_adapter(first, place, monkeypatch):
     (config,) = BY_NAME["task_tokens"].configs.values()
 
     def both():
-        adapter = LoraConfig(r=2, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
-        torch.manual_seed(3)
-        return get_peft_model(wrap(base(), BY_NAME[first]), adapter)
+        return with_peft(wrap(base(), BY_NAME[first]))
 
     model, expected = both(), logits(both())
     before = lies_on(model)
@@ -300,83 +190,3 @@ def test_hooks_that_have_yet_to_follow_an_adapter(first, place, monkeypatch):
         ml.attach(model, config, name="new")
     check_same(lies_on(model), before)
     assert torch.equal(logits(model), expected)
-
-
-# Configs that do not fit, and models that no memory works in.
-
-
-def of(name, **fields):
-    (config,) = BY_NAME[name].configs.values()
-    return type(config)(**{**config.model_dump(), **fields})
-
-
-REFUSED = [
-    ("product_key", of("product_key", layers=[9]), "layers"),
-    ("neural_mag", of("product_key", layers=[-9]), "layers"),
-    ("recurrent", of("recurrent", n_tokens=48), "n_tokens"),
-    ("recurrent", of("recurrent", segment_length=96), "segment_length"),
-    ("recurrent", of("recurrent", segment_length=6), "segment_length"),
-    ("recurrent", of("learned_linear", write_layer=7), "write_layer"),
-    ("recurrent", of("neural_mag"), "every token"),
-    ("recurrent", of("lora"), "gradient steps"),
-    ("lora", of("recurrent"), "gradient steps"),
-    ("lora", of("lora", target_modules=["nothing"]), "target_modules"),
-    ("cartridge", of("cartridge", n_tokens=96), "n_tokens"),
-    ("cartridge", of("neural_window"), "gradient steps"),
-    ("neural_mag", of("recurrent"), "every token"),
-    ("neural_mag", of("neural_mag", layers=[5]), "layers"),
-    ("neural_window", of("neural_window", sliding_window=5), "sliding_window"),
-    ("neural_mac", of("associative", segment_length=4), "segment_length"),
-    ("associative", of("associative", layers=[2]), "layers"),
-    ("reversible", of("neural_mal"), "every token"),
-    ("task_tokens", of("task_tokens"), "task tokens"),
-    ("product_key_replace", of("product_key_replace"), "takes the place"),
-]
-
-
-@pytest.mark.parametrize("peft", [False, True], ids=["", "peft"])
-@pytest.mark.parametrize("first, config, why", REFUSED, ids=lambda x: x if isinstance(x, str) else "")
-def test_a_config_that_does_not_fit(first, config, why, peft):
-    model = with_memory(first)
-    if peft:
-        model = get_peft_model(model, LoraConfig(r=2, target_modules=["v_proj"], init_lora_weights=False))
-    with unharmed(model), pytest.raises(ml.ConfigError, match=says(why)):
-        ml.attach(model, config, name="new")
-    assert list(ml.memories(model)) == list(BY_NAME[first].configs)
-
-
-@pytest.mark.parametrize("model", MODELS)
-@pytest.mark.parametrize("name", ["facts", "", "a.b", "pending", "keys", 3])
-def test_a_name_that_cannot_be(model, name):
-    model = MODELS[model]()
-    if name == "facts" and not ml.memories(model):
-        ml.attach(model, of("product_key"), name=name)
-    with unharmed(model), pytest.raises((ValueError, AttributeError, TypeError)):
-        ml.attach(model, of("neural_mag"), name=name)
-
-
-ODD = {
-    "mamba": ["recurrent", "product_key", "neural_mag", "lora", "task_tokens"],
-    "rwkv": ["prefix", "cartridge", "associative", "reversible"],
-    "bloom": ["neural_mac", "neural_window", "cartridge"],
-    "openai-gpt": ["recurrent", "lora", "neural_mag"],
-    "recurrent_gemma": ["recurrent", "product_key"],
-    "ctrl": ["neural_mag", "cartridge"],
-    "xlnet": ["associative"],
-    "gpt_neo": ["cartridge"],
-    "jamba": ["neural_mac", "lora"],
-    "minimax": ["recurrent", "reversible"],
-    "bert": ["recurrent", "product_key"],
-}
-
-
-@pytest.mark.parametrize("architecture, name", [(a, name) for a, names in ODD.items() for name in names])
-def test_an_architecture_that_memory_does_not_work_in(architecture, name):
-    model, ids = tiny(architecture).build().train(), tokens(2, 7) % 128
-    ids[:] = ids.clamp(min=3)
-    model.eval()
-    expected, before = logits(model, ids), lies_on(model)
-    with pytest.raises((ml.ConfigError, TypeError), match=says(type(model).__name__)):
-        attach(model, name)
-    check_same(lies_on(model), before)
-    assert torch.equal(logits(model, ids), expected)

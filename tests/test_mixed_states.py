@@ -13,7 +13,7 @@ VARIANTS = {
     "lora": ml.LoRAMemoryConfig(r=2, writer=STEPS),
     "associative": ml.AssociativeMemoryConfig(n_tokens=2, segment_length=SEGMENT, key_dim=8),
     "reversible": ml.ReversibleMemoryConfig(n_tokens=1, ratios=[SEGMENT], heads=4, depth=2),
-    "neural": ml.NeuralMemoryConfig(layers=[0], heads=2, chunk_size=4),
+    "neural in placement mag": ml.NeuralMemoryConfig(layers=[0], heads=2, chunk_size=4),
 }
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
+from transformers.cache_utils import Cache
 
 from .call import Block, Call
 from .memory import Memory, StatefulMemory
@@ -58,15 +59,24 @@ def check_stateless(state: MemoryState | None, past) -> None:
         )
 
 
-def check_inputs(inputs: torch.Tensor | None, labels: torch.Tensor | None) -> None:
-    """Raise ValueError for no tokens, or labels of another length."""
-    if inputs is None or inputs.shape[1] == 0:
-        raise ValueError("the model needs input_ids or inputs_embeds with at least one token, got none")
+def checked_inputs(
+    ids: torch.Tensor | None, embeds: torch.Tensor | None, labels: torch.Tensor | None
+) -> torch.Tensor:
+    """The ids, or embeddings, of a call; ValueError for none or both, no tokens, or labels of another length."""
+    if ids is not None and embeds is not None:
+        raise ValueError("input_ids and inputs_embeds were both given; give one of them")
+    inputs = embeds if ids is None else ids
+    if inputs is None or inputs.dim() < 2 or inputs.shape[1] == 0:
+        got = "none" if inputs is None else f"shape {tuple(inputs.shape)}"
+        raise ValueError(
+            f"the model needs input_ids (batch, tokens) or inputs_embeds with at least one token, got {got}"
+        )
     if labels is not None and labels.shape != inputs.shape[:2]:
         raise ValueError(
             f"labels have shape {tuple(labels.shape)}, the input {tuple(inputs.shape[:2])}: one label a token, "
             "-100 where there is none"
         )
+    return inputs
 
 
 def check_state(reading: dict[str, StatefulMemory], state: MemoryState | None, batch_size: int) -> None:
@@ -140,15 +150,19 @@ def check_head(enabled: Mapping[str, Memory], decoder: nn.Module) -> None:
             )
 
 
-def check_cache(cache: MemoryCache, key: str, state: MemoryState | None) -> None:
-    """Raise ValueError for the cache of another model than the one of this key, or for two states."""
-    if cache.owner not in (None, key):
+def checked_state(past: Cache | None, key: str, state: MemoryState | None) -> MemoryState | None:
+    """The state that a caller gave, or that a cache carries; ValueError for both, or the cache of another model than the
+    one of this key."""
+    if not isinstance(past, MemoryCache):
+        return state
+    if past.owner not in (None, key):
         raise ValueError(
             "past_key_values is the cache of another model; its keys and values mean nothing here. Give this model the "
             "memory alone: cache.memory_state.to_cache()"
         )
-    if state is not None and cache.memory_state is not None and cache.memory_state is not state:
+    if state is not None and past.memory_state is not None and past.memory_state is not state:
         raise ValueError("memory_state= and past_key_values each carry a state; give one of them")
+    return past.memory_state if state is None else state
 
 
 def check_served(call: Call, arguments: dict, config: PreTrainedConfig) -> None:

@@ -6,6 +6,7 @@ Objects and not closures, so that a deep copy of the model has hooks of its own 
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
 from contextvars import ContextVar
 from functools import partial
 
@@ -14,6 +15,7 @@ from torch import nn
 
 from .call import BLOCK, Block, holding
 from .memory import LayerMemory, Memory
+from .model import CACHE_NAMES
 
 IGNORED = "keys_to_ignore_at_inference"
 """Field of a config by which HF Trainer knows what of an output is no prediction."""
@@ -50,6 +52,10 @@ class MethodOverride:
         return getattr(type(self.module), self.name)(self.module, *args, **kwargs)
 
     def __call__(self, *args, **kwargs):
+        if (
+            args and args[0] is self.module
+        ):  # accelerate binds what it finds as `forward` to its module once more
+            args = args[1:]
         return self.original(*args, **kwargs) if self.removed else self.call(*args, **kwargs)
 
     def call(self, *args, **kwargs):
@@ -95,7 +101,9 @@ class Uncompiled(MethodOverride):
     """One that runs as it stands under `torch.compile`, with all that it calls."""
 
     def __new__(cls, *args, **kwargs):
-        if not hasattr(cls.call, "_torchdynamo_disable"):  # here, because the compiler takes seconds to import
+        if not hasattr(
+            cls.call, "_torchdynamo_disable"
+        ):  # here, because the compiler takes seconds to import
             cls.call = torch.compiler.disable(cls.call)
         return super().__new__(cls)
 
@@ -168,7 +176,13 @@ class LayerHook(MethodOverride):
         layer = self.module
         if not (getattr(layer, "gradient_checkpointing", False) and layer.training):
             return self.original(*args, **kwargs)
-        forward = self.below or partial(type(layer).forward.__wrapped__, layer)
+        if not getattr(
+            layer, "_can_checkpoint_with_cache", False
+        ):  # or the second run would change the cache again
+            kwargs = {name: None if name in CACHE_NAMES else x for name, x in kwargs.items()}
+            kwargs |= {"use_cache": False} if "use_cache" in kwargs else {}
+        own = getattr(type(layer).forward, "__wrapped__", type(layer).forward)
+        forward = self.below or partial(own, layer)
         return layer._gradient_checkpointing_func(partial(_in_block, block, forward, kwargs), *args)
 
     def _check_none_is_passed_by(self) -> None:
@@ -189,10 +203,21 @@ class IgnoredKey:
 
     def remove(self) -> None:
         """Give the config back what it had."""
-        ignored = [key for key in getattr(self.config, IGNORED, []) if key != "memory_state"]
+        ignored = list(getattr(self.config, IGNORED, []))
+        if "memory_state" in ignored:  # once: another model may have the same config
+            ignored.remove("memory_state")
         self.config.__dict__.pop(IGNORED, None)
         if ignored != getattr(self.config, IGNORED, ["past_key_values"]):
             setattr(self.config, IGNORED, ignored)
+
+
+def part_hooks(module: nn.Module) -> Iterator[PartHook]:
+    """The hooks on a part of a model, from the outermost in."""
+    hook = vars(module).get("forward")
+    while isinstance(hook, MethodOverride):
+        if isinstance(hook, PartHook):
+            yield hook
+        hook = hook.below
 
 
 def _in_block(block: Block, forward, kwargs: dict, *args):

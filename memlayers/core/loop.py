@@ -78,6 +78,8 @@ def run(
     state = call.state or _fresh(call, embeds)
     reading = _reading(call, state, embeds, attention_mask, position_ids)
     fields = {name: state[name] for name in call.memories}
+    if not getattr(text_config(call.decoder), "return_dict", True):
+        kwargs["return_dict"] = True
     outputs, parts = None, []
     for piece in reading.pieces():
         block = Block(call, fields, piece.mask, piece.writes, piece.window)
@@ -180,8 +182,8 @@ class OpenSegment:
 
     def pieces(self) -> Iterator[Piece]:
         call, cache, n_tokens = self.call, self.call.cache, self.embeds.shape[1]
+        check_width(call, cache.window_mask.shape[1] + n_tokens)
         cache.window_mask = torch.cat([cache.window_mask, call.mask], dim=1)
-        check_width(call, cache.window_mask.shape[1])
         positions = positions_of(cache.window_mask)[:, -n_tokens:]
         seen = none_if_full(cache.window_mask)
         yield Piece(self.embeds, call.mask, seen, positions, cache.window, writes=False)

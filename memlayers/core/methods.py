@@ -15,14 +15,14 @@ from torch import nn
 
 from .call import BLOCK, CALL, Block, Call, holding
 from .checks import (
-    check_cache,
     check_head,
-    check_inputs,
     check_not_inside,
     check_served,
     check_state,
     check_stateless,
     check_unpacked,
+    checked_inputs,
+    checked_state,
     new_mask,
 )
 from .follow import follow
@@ -148,14 +148,30 @@ class PrepareInputs(MethodOverride):
         super().__init__(model, "prepare_inputs_for_generation")
         self.memories = root
 
-    def call(self, *args, is_first_iteration=False, memory_state=None, write_memory=None, **kwargs):
+    def call(
+        self,
+        *args,
+        is_first_iteration=False,
+        memory_state=None,
+        write_memory=None,
+        close_memory=False,
+        **kwargs,
+    ):
         inputs = self.original(*args, is_first_iteration=is_first_iteration, **kwargs)
         reading = [m for m in self.memories.enabled().values() if isinstance(m, StatefulMemory)]
         if not reading:
             return inputs
-        has_cache = inputs.get("past_key_values") is not None
-        if memory_state is not None and (is_first_iteration or not has_cache):
+        past = inputs.get("past_key_values")
+        if (
+            isinstance(past, MemoryCache) and inputs.get("use_cache") is False
+        ):  # all tokens so far, again and again
+            memory_state = past.memory_state if memory_state is None else memory_state
+            inputs["past_key_values"] = past = None
+        has_cache, carried = past is not None, getattr(past, "memory_state", None)
+        if memory_state is not None and carried is None and (is_first_iteration or not has_cache):
             inputs["memory_state"] = memory_state
+        if close_memory and (is_first_iteration or not has_cache):
+            inputs["close_memory"] = True
         if reading[0].schedule.kv == "drop":
             inputs["write_memory"] = is_first_iteration if write_memory is None else write_memory
             if not has_cache:
@@ -177,16 +193,14 @@ def begin(
     write: bool | None = None,
 ) -> Call:
     """The call that these arguments, of the model's or the decoder's forward, ask for; checked."""
-    ids, embeds = arguments.get("input_ids"), arguments.get("inputs_embeds")
-    inputs = embeds if ids is None else ids
-    check_inputs(inputs, arguments.get("labels"))
+    inputs = checked_inputs(*(arguments.get(name) for name in ("input_ids", "inputs_embeds", "labels")))
     enabled, config = root.enabled(), text_config(decoder)
     reading = {n: m for n, m in enabled.items() if isinstance(m, StatefulMemory)}
     others = {n: m for n, m in enabled.items() if n not in reading}
-    cache = MemoryCache.of(arguments.get("past_key_values"))
-    check_cache(cache, root.key, state)
-    state = cache.memory_state if state is None else state
-    check_state(reading, state, inputs.shape[0] // cache.rows_per_state)
+    past = arguments.get("past_key_values")
+    state = checked_state(past, root.key, state)
+    check_state(reading, state, inputs.shape[0] // getattr(past, "rows_per_state", 1))
+    cache = MemoryCache.of(past)
     layers = decoder_layers(decoder)
     recomputes = decoder.training and any(getattr(layer, "gradient_checkpointing", False) for layer in layers)
     use_cache = arguments.get("use_cache")
@@ -203,6 +217,7 @@ def begin(
     if mask is None or (isinstance(mask, torch.Tensor) and mask.dim() == 2):
         call.mask = new_mask(mask, inputs)
     check_served(call, arguments, config)
-    cache.memory_state, cache.owner = state, root.key  # only now: a call that is refused leaves the cache as it was
+    # Only now: a call that is refused leaves the cache as it was.
+    cache.memory_state, cache.owner = state, root.key
     cache.written_by_reading = any(m.gradient_writer is None for m in reading.values())
     return call

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import uuid
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
@@ -30,6 +31,8 @@ MLP_NAMES = ("mlp", "feed_forward", "block_sparse_moe", "ffn", "moe")
 """What architectures call the MLP of a decoder layer."""
 MLP_LINEARS = (("fc1", "fc2"),)
 """What architectures call an MLP's first and last linear layer where these stand in the layer itself."""
+OF_PEFT = ("base_layer", "original_module")
+"""Where PEFT keeps the module that it stands around."""
 CACHE_NAMES = ("past_key_values", "layer_past")
 """What architectures call the cache among the arguments of attention."""
 SUPPORTED = (
@@ -57,6 +60,11 @@ class Memories(nn.ModuleDict):
     def named_modules(self, *args, **kwargs):
         """As of any module, under names that PEFT does not match with those of the base."""
         return ((UnmatchedName(name), module) for name, module in super().named_modules(*args, **kwargs))
+
+    def __setstate__(self, state: dict) -> None:
+        """A deep copy, or what comes out of a pickle, is a model of its own, whose caches are its own."""
+        super().__setstate__(state)
+        self.key = uuid.uuid4().hex
 
     def enabled(self) -> dict[str, Memory]:
         """Those that take part in a call, by name."""
@@ -264,6 +272,15 @@ def decoder_layers(decoder: nn.Module) -> nn.ModuleList | None:
         child for child in decoder.children() if isinstance(child, nn.ModuleList) and len(child) == n_layers
     ]
     return lists[0] if lists else None
+
+
+def without_adapters(module: nn.Module) -> nn.Module:
+    """The base's own module inside of what PEFT has put around it."""
+    while True:
+        inner = [module._modules[name] for name in OF_PEFT if name in module._modules]
+        if not inner:
+            return module
+        module = inner[0]
 
 
 def attention_of(model: nn.Module, layer: int) -> nn.Module:

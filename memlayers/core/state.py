@@ -76,12 +76,20 @@ class MemoryState:
         return self._map(lambda t: t.to(device))
 
     def select(self, rows: Sequence[int] | torch.Tensor) -> MemoryState:
-        """The given rows, in order, repeats allowed: `select([0] * 8)` asks one memory eight questions.
+        """The given rows, in order, repeats allowed: `select([0] * 8)` asks one memory eight questions. Or, as booleans, a
+        mask of the rows to keep.
 
         Raises:
             IndexError: a row that is not there.
         """
-        index = torch.as_tensor(rows, dtype=torch.int64)
+        index = torch.as_tensor(rows)
+        if index.dtype == torch.bool:
+            if self.batch_size is not None and index.shape != (self.batch_size,):
+                raise IndexError(
+                    f"a mask of shape {tuple(index.shape)} for a MemoryState with {self.batch_size} rows"
+                )
+            index = index.nonzero().flatten()
+        index = index.to(torch.int64)
         for row in (
             [int(index.min()), int(index.max())] if index.numel() and self.batch_size is not None else []
         ):
@@ -114,7 +122,7 @@ class MemoryState:
         parts = {
             n: {f: _stack([s.fields[n][f] for s in states]) for f in fields} for n, fields in names.items()
         }
-        return MemoryState(parts, states[0].kinds)
+        return MemoryState(parts, {n: kind for state in states for n, kind in state.kinds.items()})
 
     def save(self, path: str | Path) -> None:
         """Write one safetensors file, whole or not at all.
@@ -245,7 +253,9 @@ class MemoryCache(Cache):
         return past
 
     def __bool__(self) -> bool:
-        return True  # with no layers of its own it would be empty, and memory lost to `cache or DynamicCache()`
+        return (
+            True  # with no layers of its own it would be empty, and memory lost to `cache or DynamicCache()`
+        )
 
     def update(self, *args, **kwargs):
         raise ValueError(

@@ -9,14 +9,11 @@ from torch import nn
 from ..config import ConfigError, chosen_layers
 from ..core.hooks import PartHook
 from ..core.memory import LayerMemory
-from ..core.model import decoder_layers, decoder_of, text_config
+from ..core.model import decoder_layers, decoder_of, text_config, without_adapters
 from ..core.state import Fields
 from ..writing import Writer
 from .config import LoRAMemoryConfig
 from .module import LoRAAdapter
-
-OF_PEFT = ("base_layer", "original_module")
-"""Where PEFT keeps the module that it stands around."""
 
 
 class LoRAMemories(LayerMemory):
@@ -140,9 +137,7 @@ def linear_layers(model: nn.Module, config: LoRAMemoryConfig) -> dict[str, tuple
 
 def _parts(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module, nn.Module]]:
     """A module and all inside of it, by the names that the base has for them: what stands there and the base's own."""
-    own = module
-    while (inner := next((own._modules[n] for n in OF_PEFT if n in own._modules), None)) is not None:
-        own = inner
+    own = without_adapters(module)
     yield name, module, own
     for child_name, child in own.named_children():
         yield from _parts(child, f"{name}.{child_name}")

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from ..config import chosen_layers
-from ..core.hooks import PartHook, checkpoint_safe
+from ..config import ConfigError, chosen_layers
+from ..core.hooks import PartHook, checkpoint_safe, part_hooks
 from ..core.memory import LayerMemory
 from ..core.model import attention_of, decoder_layers, decoder_of, text_config
 from ..core.schedule import Schedule
@@ -27,7 +27,7 @@ class NeuralMemories(LayerMemory):
       tanh(mix) blends the two; mix starts at 0. When a segment ends, the layer's output is written.
 
     Attributes:
-        layers: layer number, as a string, to `LayerMemory`.
+        layers: layer number, as a string, to `NeuralLayer`.
     """
 
     def __init__(self, config: NeuralMemoryConfig, hidden_size: int, layers: list[int]):
@@ -39,15 +39,22 @@ class NeuralMemories(LayerMemory):
             else Schedule.streaming(config.sliding_window)
         )
         self.at_layers = frozenset(layers)
-        self.layers = nn.ModuleDict({str(layer): LayerMemory(config, hidden_size) for layer in layers})
+        self.layers = nn.ModuleDict({str(layer): NeuralLayer(config, hidden_size) for layer in layers})
 
     @classmethod
     def for_model(cls, config: NeuralMemoryConfig, model: nn.Module) -> NeuralMemories:
         text = text_config(model)
         layers = chosen_layers(config.layers, text.num_hidden_layers)
         for layer in layers:
-            attention_of(model, layer)
+            attention = attention_of(model, layer)
+            present = [hook.memory.config for hook in part_hooks(attention)]
+            if config.placement == "mac" and any(getattr(c, "placement", None) == "mac" for c in present):
+                raise ConfigError(f"layers: another memory already stands in the context of layer {layer}")
         return cls(config, text.hidden_size, layers)
+
+    @property
+    def state_kind(self) -> str:
+        return f"{self.config.type} in placement {self.config.placement}"
 
     def install(self, model: nn.Module) -> list:
         if self.config.placement == "mal":
@@ -93,8 +100,10 @@ class NeuralMemories(LayerMemory):
     def _write(self, block, name: str, layer: int, inner: torch.Tensor) -> torch.Tensor:
         """Write (and read) `inner` and leave the new fields in the block."""
         fields = self.part(block.fields[name], str(layer))
+        # Other memories' write tokens stand in every row, also in one that has no token here.
+        mask = block.mask if block.active is None else block.mask & block.active[:, None]
         try:
-            read, new = self.layers[str(layer)].memory(inner, fields, block.mask)
+            read, new = self.layers[str(layer)].memory(inner, fields, mask)
         except ValueError as error:
             error.add_note(
                 f"in the neural memory {name!r} of layer {layer}; if it is NaN and the text is sound, inner steps "
@@ -129,7 +138,7 @@ class NeuralMemories(LayerMemory):
         return {name.removeprefix(start): tensor for name, tensor in fields.items() if name.startswith(start)}
 
 
-class LayerMemory(nn.Module):
+class NeuralLayer(nn.Module):
     """What one layer gets: a norm of the memory's own, the memory, and for `mac` what blends it in.
 
     Attributes:

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from ..config import ConfigError, chosen_layers
-from ..core.hooks import PartHook
+from ..core.hooks import PartHook, part_hooks
 from ..core.memory import Memory
 from ..core.model import mlp_of, text_config
 from .config import ProductKeyMemoryConfig
@@ -96,9 +96,4 @@ class ProductKeyMemories(Memory):
 
 def _is_replaced(mlp: nn.Module) -> bool:
     """Whether a memory stands in place of an MLP."""
-    hook = mlp.__dict__.get("forward")
-    while isinstance(hook, PartHook):
-        if getattr(hook.memory.config, "placement", None) == "replace":
-            return True
-        hook = hook.below
-    return False
+    return any(getattr(hook.memory.config, "placement", None) == "replace" for hook in part_hooks(mlp))

@@ -18,8 +18,8 @@ class Embedding(MethodOverride):
         super().__init__(module, "forward")
         self.memory = memory
 
-    def call(self, input_ids: torch.Tensor) -> torch.Tensor:
-        memory = self.memory
+    def call(self, *args, **kwargs) -> torch.Tensor:
+        memory, input_ids = self.memory, args[0] if args else kwargs["input"]
         if not memory.enabled or not memory.rows.n_places:
             return self.original(input_ids)
         memory.check_size(self.module)

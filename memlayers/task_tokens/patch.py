@@ -10,7 +10,7 @@ from torch import nn
 
 from ..config import ConfigError
 from ..core.memory import Memory
-from ..core.model import memories
+from ..core.model import memories, without_adapters
 from .config import TaskTokensConfig
 from .covers import Embedding, Head, Loss, Resize, TransitionScores, embed_scale
 from .module import BaseRows, TaskRows
@@ -71,9 +71,15 @@ class TaskTokens(Memory):
                 f"type: {kind} has {embedding.weight.shape[0]} rows in its embedding and {head.weight.shape[0]} in its "
                 "head, so that a task token has no place behind both"
             )
+        if embedding.weight.is_meta or head.weight.is_meta:
+            raise ConfigError(
+                f"type: accelerate keeps the embedding or the head of {kind} elsewhere, so that their rows cannot be looked up; "
+                "give both a device in device_map"
+            )
         some = torch.arange(2, device=embedding.weight.device)
         with torch.no_grad():
-            if not torch.equal(embedding(some), embedding.weight[some] * embed_scale(embedding)):
+            own = without_adapters(embedding)
+            if not torch.equal(own(some), own.weight[some] * embed_scale(own)):
                 raise ConfigError(f"type: the input embedding of {kind} does more than look rows up")
         return cls(config, embedding, head)
 
