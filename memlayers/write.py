@@ -63,14 +63,13 @@ def write(
     """
     model, reading = unwrap(model), stateful(model)
     if not reading:
+        present = sorted(memories(model)) or "none"
         raise ValueError(
-            f"nothing to write to: this model's memories are {sorted(memories(model)) or 'none'}, of which none that is enabled "
-            "keeps a state"
+            f"nothing to write to: no enabled memory keeps a state; this model's memories are {present}"
         )
     if input_ids.dim() != 2 or input_ids.shape[1] == 0:
-        raise ValueError(
-            f"input_ids must be (batch, tokens) with at least one token, got {tuple(input_ids.shape)}"
-        )
+        shape = tuple(input_ids.shape)
+        raise ValueError(f"input_ids must be (batch, tokens) with at least one token, got {shape}")
     if attention_mask is not None and attention_mask.shape != input_ids.shape:
         raise ValueError(
             f"attention_mask {tuple(attention_mask.shape)} and input_ids {tuple(input_ids.shape)} differ"

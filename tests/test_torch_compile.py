@@ -98,7 +98,7 @@ HOW = {
     [
         *((name, "wrapped") for name in KINDS),
         *((name, how) for name in SOME for how in ("in_place", "its_forward")),
-        *((name, "its_layers") for name in ("recurrent", "lora")),  # which takes longest
+        ("recurrent", "its_layers"),  # which takes longest
     ],
 )
 def test_attached_and_detached_after_compiling(name, how):

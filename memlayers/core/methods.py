@@ -13,18 +13,8 @@ import inspect
 import torch
 from torch import nn
 
+from . import checks
 from .call import BLOCK, CALL, Block, Call, holding
-from .checks import (
-    check_head,
-    check_not_inside,
-    check_served,
-    check_state,
-    check_stateless,
-    check_unpacked,
-    checked_inputs,
-    checked_state,
-    new_mask,
-)
 from .follow import follow
 from .hooks import IgnoredKey, LayerHook, MethodOverride, Uncompiled
 from .loop import run
@@ -83,7 +73,7 @@ class ModelForward(Uncompiled):
         arguments = self.by_name(args, kwargs)
         follow(self.module)
         if not any(isinstance(m, StatefulMemory) for m in self.memories.enabled().values()):
-            check_stateless(memory_state, arguments.get("past_key_values"))
+            checks.check_stateless(memory_state, arguments.get("past_key_values"))
             with holding(CALL, without_state(self.memories, self.decoder)):
                 return self.original(**arguments)
         call = begin(self.memories, self.decoder, arguments, memory_state, close_memory, write_memory)
@@ -109,14 +99,14 @@ class DecoderForward(Uncompiled):
 
     def call(self, *args, **kwargs):
         arguments, decoder = self.by_name(args, kwargs), self.module
-        check_not_inside(BLOCK.get(), decoder)
+        checks.check_not_inside(BLOCK.get(), decoder)
         call, enabled = CALL.get(), self.memories.enabled()
         own = call is None or call.decoder is not decoder or call.done
         if own:
             follow(self.memories.hooks[0].module)
-            check_head(enabled, decoder)
+            checks.check_head(enabled, decoder)
         if not any(isinstance(m, StatefulMemory) for m in enabled.values()):
-            check_stateless(arguments.pop("memory_state", None), arguments.get("past_key_values"))
+            checks.check_stateless(arguments.pop("memory_state", None), arguments.get("past_key_values"))
             with holding(BLOCK, Block(without_state(self.memories, decoder))):
                 return self.original(**arguments)
         if own:
@@ -134,8 +124,8 @@ class DecoderForward(Uncompiled):
         embeds = self.module.get_input_embeddings()(ids) if embeds is None else embeds
         mask, positions = arguments.pop("attention_mask", None), arguments.pop("position_ids", None)
         if call.mask is None:
-            call.mask = new_mask(mask, embeds)
-        check_unpacked(positions, call.mask)
+            call.mask = checks.new_mask(mask, embeds)
+        checks.check_unpacked(positions, call.mask)
         for counted_here in ("cache_position", "use_cache", "past_key_values", "return_dict"):
             arguments.pop(counted_here, None)
         return run(call, self.original, embeds, mask, positions, **arguments)
@@ -148,15 +138,8 @@ class PrepareInputs(MethodOverride):
         super().__init__(model, "prepare_inputs_for_generation")
         self.memories = root
 
-    def call(
-        self,
-        *args,
-        is_first_iteration=False,
-        memory_state=None,
-        write_memory=None,
-        close_memory=False,
-        **kwargs,
-    ):
+    def call(self, *args, is_first_iteration=False, memory_state=None, write_memory=None, **kwargs):
+        close_memory = kwargs.pop("close_memory", False)
         inputs = self.original(*args, is_first_iteration=is_first_iteration, **kwargs)
         reading = [m for m in self.memories.enabled().values() if isinstance(m, StatefulMemory)]
         if not reading:
@@ -193,30 +176,29 @@ def begin(
     write: bool | None = None,
 ) -> Call:
     """The call that these arguments, of the model's or the decoder's forward, ask for; checked."""
-    inputs = checked_inputs(*(arguments.get(name) for name in ("input_ids", "inputs_embeds", "labels")))
+    given = [arguments.get(name) for name in ("input_ids", "inputs_embeds", "labels")]
+    inputs = checks.checked_inputs(*given)
     enabled, config = root.enabled(), text_config(decoder)
     reading = {n: m for n, m in enabled.items() if isinstance(m, StatefulMemory)}
     others = {n: m for n, m in enabled.items() if n not in reading}
     past = arguments.get("past_key_values")
-    state = checked_state(past, root.key, state)
-    check_state(reading, state, inputs.shape[0] // getattr(past, "rows_per_state", 1))
+    state = checks.checked_state(past, root.key, state)
+    checks.check_state(reading, state, inputs.shape[0] // getattr(past, "rows_per_state", 1))
     cache = MemoryCache.of(past)
     layers = decoder_layers(decoder)
-    recomputes = decoder.training and any(getattr(layer, "gradient_checkpointing", False) for layer in layers)
+    recomputes = decoder.training and any(getattr(x, "gradient_checkpointing", False) for x in layers)
     use_cache = arguments.get("use_cache")
     use_cache = getattr(config, "use_cache", False) if use_cache is None else use_cache
-    call = Call(
-        decoder, layers, reading, others, cache, flush=flush, keep_kv=bool(use_cache) and not recomputes
-    )
-    call.blocks_keep_kv = not recomputes
+    call = Call(decoder, layers, reading, others, cache, flush=flush, blocks_keep_kv=not recomputes)
+    call.keep_kv = bool(use_cache) and not recomputes
     framed = call.schedule.kv == "drop"
     decoding = framed and inputs.shape[1] == 1 and cache.seen > 0
     call.write = not decoding if write is None else write
     call.write |= framed and any(getattr(m.config, "write_while_decoding", False) for m in reading.values())
     mask = arguments.get("attention_mask")
     if mask is None or (isinstance(mask, torch.Tensor) and mask.dim() == 2):
-        call.mask = new_mask(mask, inputs)
-    check_served(call, arguments, config)
+        call.mask = checks.new_mask(mask, inputs)
+    checks.check_served(call, arguments, config)
     # Only now: a call that is refused leaves the cache as it was.
     cache.memory_state, cache.owner = state, root.key
     cache.written_by_reading = any(m.gradient_writer is None for m in reading.values())
