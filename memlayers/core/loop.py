@@ -98,8 +98,8 @@ def run(
         if piece.n_after:
             fields = _truncate(call, fields, piece.n_after)
         parts.append(per_token(outputs, piece))
-    written = fields if call.write or reading.framed else {}
-    call.cache.memory_state = state.replace({**written, **reading.pending()})
+    parts_of_state = {**(fields if call.write or reading.framed else {}), **reading.pending()}
+    call.cache.memory_state = state.replace(parts_of_state)
     call.cache.seen += embeds.shape[1]
     call.done = True
     whole = {name: joined([p[name] for p in parts], reading.restore) for name in parts[0]}
@@ -163,8 +163,9 @@ class Segments:
 
     def pending(self) -> dict[str, Fields]:
         if self.call.flush:
-            none = {"embeds": self.tokens[:, :0], "length": torch.zeros_like(self.plan.last_length)}
-            return {PENDING: none}
+            return {
+                PENDING: {"embeds": self.tokens[:, :0], "length": torch.zeros_like(self.plan.last_length)}
+            }
         start = (self.plan.n_segments - 1) * self.size
         return {PENDING: {"embeds": self.tokens[:, start:], "length": self.plan.last_length}}
 
