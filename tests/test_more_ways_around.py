@@ -5,7 +5,8 @@ import tempfile
 
 import pytest
 import torch
-from matrix import SEGMENT, Case, llama, near, pad, says, tokens
+from architectures import tiny
+from matrix import SEGMENT, Case, llama, near, pad, says, tokens, wrap
 from matrix_kinds import KINDS, Kind
 from peft import LoraConfig, get_peft_model
 from transformers import DynamicCache
@@ -163,3 +164,22 @@ def test_attach_after_ddp_is_refused():
 
     with pytest.raises(TypeError, match=says("DistributedDataParallel", "attach first")):
         ml.attach(Wrapped(llama().base()), ml.TaskTokensConfig(names=["a"]))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["recurrent", "neural_mag", "lora", "cartridge", "product_key"])
+@pytest.mark.parametrize("name", ["gemma3", "llava", "opt"])
+def test_the_body_of_a_wrapper_called_by_itself(name, kind):
+    """What stands between the head and the decoder knows the caller's mask and images; the decoder is not given them."""
+    model = wrap(tiny(name).build(), llama(kind).kind)
+    ids = tokens(2, 7) % 90 + 3
+    mask = torch.ones_like(ids)
+    mask[1, :2] = 0
+    head = model.get_output_embeddings()
+    expected = model(ids, attention_mask=mask, use_cache=False).logits[mask.bool()]
+    got = model.base_model(ids, attention_mask=mask, use_cache=False).last_hidden_state
+    near(head(got)[mask.bool()], expected)
+    near(head(model.base_model(ids, use_cache=False).last_hidden_state), model(ids, use_cache=False).logits)
+    if name != "opt" and kind == "recurrent":
+        with pytest.raises(ValueError, match="pixel_values"):
+            model.base_model(ids, pixel_values=torch.zeros(1, 3, 28, 28))

@@ -175,9 +175,9 @@ def check_served(call: Call, arguments: dict, config: PreTrainedConfig) -> None:
             "in memlayers.disabled(model)"
         )
     images = next((name for name in IMAGES if not _is_empty(arguments.get(name))), None)
-    if images is not None and call.schedule.kv == "drop":
+    if images is not None and call.schedule.kv != "keep":
         raise ValueError(
-            f"{images}: a memory reads in segments, which would cut images apart; take memories that do not, or "
+            f"{images}: a memory reads in segments or windows, which would cut images apart; take memories that do not, or "
             "memlayers.disabled(model)"
         )
 

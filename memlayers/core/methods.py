@@ -35,6 +35,8 @@ def override_methods(model: nn.Module, root: Memories) -> None:
         DecoderForward(root, decoder),
         PrepareInputs(root, model),
     ]
+    if model.base_model not in (model, decoder):
+        root.hooks.append(BodyForward(root, model.base_model, decoder))
     root.hooks += [LayerHook(root, layer, i) for i, layer in enumerate(decoder_layers(decoder))]
     root.hooks.append(IgnoredKey(model))
 
@@ -71,7 +73,7 @@ class ModelForward(Uncompiled):
 
     def call(self, *args, memory_state=None, close_memory=False, write_memory=None, **kwargs):
         arguments = self.by_name(args, kwargs)
-        follow(self.module)
+        follow(self.memories.hooks[0].module)
         if not any(isinstance(m, StatefulMemory) for m in self.memories.enabled().values()):
             checks.check_stateless(memory_state, arguments.get("past_key_values"))
             with holding(CALL, without_state(self.memories, self.decoder)):
@@ -87,6 +89,18 @@ class ModelForward(Uncompiled):
             )
         output = with_state(output, call.state)
         return output.to_tuple() if as_tuple else output
+
+
+class BodyForward(ModelForward):
+    """The forward of what the head stands on, where that is a wrapper around the decoder: called by itself it knows the
+    caller's mask and images, which the decoder is not given."""
+
+    def call(self, *args, **kwargs):
+        call = CALL.get()
+        if call is not None and call.decoder is self.decoder and not call.done:
+            return self.original(*args, **kwargs)
+        checks.check_head(self.memories.enabled(), self.decoder)
+        return super().call(*args, **kwargs)
 
 
 class DecoderForward(Uncompiled):
