@@ -105,7 +105,9 @@ class Cartridge(LayerMemory):
         """Takes the layer's keys and values from the state, outside of what gradient checkpointing runs twice."""
         for part in ("keys", "values"):
             x = block.fields[name][f"layers.{layer}.{part}"]
-            hidden, block.reads[name, f"{layer}.{part}"] = checkpoint_safe(block.layer_of(layer), hidden, x)
+            hidden, block.reads[name, f"{layer}.{part}"] = checkpoint_safe(
+                block.call.layers[layer], hidden, x
+            )
         return hidden
 
     def around(self, hook: PartHook, block, args: tuple, kwargs: dict):
@@ -115,7 +117,8 @@ class Cartridge(LayerMemory):
             return hook.original(*args, **kwargs)
         hidden = args[0] if args else kwargs["hidden_states"]
         parts = (
-            shared(block.reads[name, f"{layer}.{part}"], block.rows_per_state) for part in ("keys", "values")
+            shared(block.reads[name, f"{layer}.{part}"], block.call.cache.rows_per_state)
+            for part in ("keys", "values")
         )
         keys, values = (x.to(hidden.dtype).transpose(1, 2) for x in parts)
         cache, mask = cache_name(hook.module), kwargs.get("attention_mask")
@@ -123,7 +126,7 @@ class Cartridge(LayerMemory):
         previous = 0 if below is None else below.get_seq_length(layer)
         key = name, id(mask), previous  # layers of one kind of attention share it
         if key not in block.masks:
-            length = shared(block.fields[name]["length"], block.rows_per_state)
+            length = shared(block.fields[name]["length"], block.call.cache.rows_per_state)
             config = text_config(block.call.decoder)
             longer = mask_before(mask, length, keys.shape[2], hidden, previous, config)
             block.masks[key] = mask, longer  # held, so that no other mask gets its id

@@ -17,7 +17,7 @@ from transformers.cache_utils import Cache
 
 from .memory import LayerMemory, Memory, StatefulMemory
 from .schedule import Schedule
-from .state import Fields, MemoryCache, MemoryState
+from .state import Fields, MemoryCache
 
 
 @dataclass
@@ -53,11 +53,6 @@ class Call:
     def schedule(self) -> Schedule:
         """How the text is cut."""
         return next(iter(self.memories.values())).schedule
-
-    @property
-    def state(self) -> MemoryState | None:
-        """The state before the call, and after it when it is done."""
-        return self.cache.memory_state
 
 
 @dataclass
@@ -105,15 +100,6 @@ class Block:
     def layer_memories(self) -> list[tuple[str, LayerMemory]]:
         """Those inside the layers, in the order in which they were attached."""
         return [(name, m) for name, m in self.call.memories.items() if isinstance(m, LayerMemory)]
-
-    @property
-    def rows_per_state(self) -> int:
-        """Rows of the input, one after the other, that read one row of the state."""
-        return self.call.cache.rows_per_state
-
-    def layer_of(self, layer: int) -> nn.Module:
-        """A layer of the decoder that runs."""
-        return self.call.layers[layer]
 
     def put(self, name: str, fields: Fields) -> None:
         """Set fields of a memory after this block; the others stay as they were before it."""

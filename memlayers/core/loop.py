@@ -75,7 +75,7 @@ def run(
     Returns:
         The decoder's output, of its own class, at the places of `embeds`, zero at padding.
     """
-    state = call.state or _fresh(call, embeds)
+    state = call.cache.memory_state or _fresh(call, embeds)
     reading = _reading(call, state, embeds, attention_mask, position_ids)
     fields = {name: state[name] for name in call.memories}
     if not getattr(text_config(call.decoder), "return_dict", True):

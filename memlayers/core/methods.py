@@ -1,9 +1,7 @@
 """What stands over a model's own methods once it has memory: state in, state out.
 
-`forward` of the model takes and returns a `MemoryState`, `forward` of its decoder reads, and
-`prepare_inputs_for_generation` tells prompt from generated tokens. The decoder makes a call of its own where it is called
-by itself, so that nothing goes around the memory. All of it runs as it stands under `torch.compile`, which does not see
-what stands on an instance.
+`forward` of the model takes and returns a `MemoryState`, `forward` of its decoder reads, also where it is called by itself,
+and `prepare_inputs_for_generation` tells prompt from generated tokens. Under `torch.compile` all of it runs as it stands.
 """
 
 from __future__ import annotations
@@ -87,7 +85,7 @@ class ModelForward(Uncompiled):
             raise ValueError(
                 f"{type(self.module).__name__} did not call its decoder, so that memory was not read"
             )
-        output = with_state(output, call.state)
+        output = with_state(output, call.cache.memory_state)
         return output.to_tuple() if as_tuple else output
 
 
@@ -130,7 +128,7 @@ class DecoderForward(Uncompiled):
         output = self._read(call, arguments)
         if not own:
             return output
-        output = with_state(output, call.state)
+        output = with_state(output, call.cache.memory_state)
         return output.to_tuple() if as_tuple else output
 
     def _read(self, call: Call, arguments: dict):

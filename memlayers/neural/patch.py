@@ -74,7 +74,7 @@ class NeuralMemories(LayerMemory):
         read = read.to(hidden.dtype)
         if self.config.placement == "mal":
             return hidden + read
-        hidden, block.reads[name, str(layer)] = checkpoint_safe(block.layer_of(layer), hidden, read)
+        hidden, block.reads[name, str(layer)] = checkpoint_safe(block.call.layers[layer], hidden, read)
         return hidden
 
     def after_layer(self, block, name: str, layer: int, hidden: torch.Tensor) -> None:

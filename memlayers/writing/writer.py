@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm.auto import tqdm
 
 from ..core.hooks import recomputes_reentrant
 from ..core.linear import Linear
 from ..core.model import device_of
 from ..core.state import Fields, MemoryCache, MemoryState
+from .attention import TwiceDifferentiable
 from .config import WriterSection
 from .distill import of_teacher
 from .inner import InnerOptimizer
@@ -90,11 +90,13 @@ class Writer(nn.Module):
             ValueError: the loss of a row is not finite; names the step and the row. Gradient checkpointing, in
                 training, of a mode that inner gradients do not go through.
         """
-        _check_checkpointing(model, second_order=differentiable and self.config.n_unrolled > 0)
+        second_order = differentiable and self.config.n_unrolled > 0
+        _check_checkpointing(model, second_order)
         parts = segments.one_by_one() if self.config.streaming else [segments]
         bar = tqdm(total=len(parts) * self.config.steps, unit="step", desc="write", disable=not progress)
         fields = {field: x for field, x in state[name].items() if x.is_floating_point()}
-        with torch.inference_mode(False), torch.enable_grad(), _twice_differentiable(differentiable):
+        attention = TwiceDifferentiable() if second_order else nullcontext()
+        with torch.inference_mode(False), torch.enable_grad(), attention:
             if not differentiable:
                 fields = {field: x.detach().clone() for field, x in fields.items()}
             for part in parts:
@@ -206,8 +208,3 @@ def _check_checkpointing(model: nn.Module, second_order: bool) -> None:
             "gradient_checkpointing: writer.outer_gradient maml goes twice through the inner steps, checkpointing once; "
             "set it to fomaml or reptile, or turn gradient checkpointing off and set writer.unroll"
         )
-
-
-def _twice_differentiable(on: bool):
-    """Fused attention has no second derivative; the plain one has."""
-    return sdpa_kernel(SDPBackend.MATH) if on else nullcontext()
