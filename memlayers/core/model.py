@@ -277,10 +277,10 @@ def decoder_layers(decoder: nn.Module) -> nn.ModuleList | None:
 def without_adapters(module: nn.Module) -> nn.Module:
     """The base's own module inside of what PEFT has put around it."""
     while True:
-        inner = [module._modules[name] for name in OF_PEFT if name in module._modules]
-        if not inner:
+        inner = next((m for name in OF_PEFT if (m := module._modules.get(name)) is not None), None)
+        if inner is None:
             return module
-        module = inner[0]
+        module = inner
 
 
 def attention_of(model: nn.Module, layer: int) -> nn.Module:

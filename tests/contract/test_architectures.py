@@ -29,7 +29,7 @@ STATELESS, SEGMENTED = ("product_key", "task_tokens"), ("tokens", "reversible", 
 REFUSED = {
     "mac": {"bloom", "mpt", "deepseek_v2", "llama4_text"},
     "window": {"bloom"},
-    "cartridge": {"bloom", "mpt"},
+    "cartridge": {"bloom", "mpt", "gpt_neo"},
     "lora": set(),
 }
 """Architectures on which a kind is refused by `attach`, which says why; the rest of the table is `docs/architectures.md`."""
