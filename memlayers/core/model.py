@@ -174,7 +174,8 @@ def text_config(model: nn.Module) -> PreTrainedConfig:
 
 def max_positions(model: nn.Module) -> int | None:
     """Positions a model or its decoder was made for, or None if its config does not say."""
-    return getattr(text_config(unwrap(model)), "max_position_embeddings", None)
+    limit = getattr(text_config(unwrap(model)), "max_position_embeddings", None)
+    return None if limit is None or limit <= 0 else limit  # some say that they have no limit by -1
 
 
 def has_position_table(decoder: nn.Module) -> bool:
