@@ -15,7 +15,7 @@ from torch import nn
 
 from .config import ConfigError
 from .core.model import ROOT
-from .files import write_tensors, write_text
+from .files import check_tensors, write_tensors, write_text
 
 FOLDER, CONFIG, WEIGHTS = "adapters", "adapter_config.json", "adapter_model.safetensors"
 OLD_FOLDER = "lora"
@@ -178,15 +178,7 @@ def _fill(model: nn.Module, folder: Path, name: str, tensors: dict[str, torch.Te
     from peft import set_peft_model_state_dict
 
     expected = _tensors(model, name)
-    for key in expected.keys() ^ tensors.keys():
-        told = "is missing" if key in expected else "does not belong to this adapter's config"
-        raise ValueError(f"{folder / WEIGHTS}: tensor {key!r} {told}")
-    for key, tensor in expected.items():
-        if tensor.shape != tensors[key].shape:
-            raise ValueError(
-                f"{folder / WEIGHTS}: tensor {key!r} has shape {tuple(tensors[key].shape)}, {CONFIG} asks for "
-                f"{tuple(tensor.shape)}"
-            )
+    check_tensors(folder / WEIGHTS, expected, tensors, "does not belong to this adapter's config", CONFIG)
     set_peft_model_state_dict(model, tensors, adapter_name=name)
 
 

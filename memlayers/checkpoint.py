@@ -24,7 +24,7 @@ from .config import ConfigError
 from .core.follow import follow
 from .core.model import memories, memory_parameters, unwrap
 from .core.snapshot import Snapshot
-from .files import make_folder, write_tensors, write_text
+from .files import check_tensors, make_folder, write_tensors, write_text
 from .kinds import parse_memory_config
 from .version import __version__
 
@@ -65,7 +65,7 @@ def save(model: PreTrainedModel, folder: str | Path, *, save_base: bool = False)
     write_tensors(folder / WEIGHTS, tensors, {"format": "pt", "memlayers": str(FORMAT)})
     config = {
         "format": FORMAT,
-        "memlayers_version": _version(),
+        "memlayers_version": __version__,
         "base": {"name_or_path": base_name, "trained_from": model.config._name_or_path, **_shape_of(model)},
         "memories": {name: memory.config.model_dump() for name, memory in present.items()},
         **of_peft,
@@ -213,22 +213,10 @@ def _fill(model: PreTrainedModel, path: Path) -> None:
     except SafetensorError as error:
         raise ValueError(f"{path} is cut short or not a safetensors file ({error})") from None
     expected = dict(memory_parameters(model))
-    for name in expected.keys() ^ tensors.keys():
-        told = "is missing" if name in expected else "does not belong to these memories"
-        raise ValueError(f"{path}: tensor {name!r} {told}; the file belongs to another checkpoint")
-    for name, parameter in expected.items():
-        if parameter.shape != tensors[name].shape:
-            raise ValueError(
-                f"{path}: tensor {name!r} has shape {tuple(tensors[name].shape)}, {CONFIG} asks for "
-                f"{tuple(parameter.shape)}"
-            )
+    check_tensors(path, expected, tensors, "does not belong to these memories", CONFIG)
     with torch.no_grad():
         for name, parameter in expected.items():
             parameter.copy_(tensors[name])
-
-
-def _version() -> str:
-    return __version__
 
 
 def _model_card(config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> str:
@@ -240,7 +228,7 @@ tags: [memory]
 ---
 # Memory for {config["base"]["name_or_path"] or "a model made in memory"}
 
-{n_parameters:,} trained memory parameters, read with memlayers {_version()}.
+{n_parameters:,} trained memory parameters, read with memlayers {__version__}.
 
 | memory | kind |
 |---|---|

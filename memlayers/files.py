@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -44,6 +44,29 @@ def write_tensors(path: str | Path, tensors: dict[str, torch.Tensor], metadata: 
 def write_text(path: str | Path, text: str) -> None:
     """Write a UTF-8 text file whole or not at all."""
     write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def check_tensors(
+    path: Path,
+    expected: Mapping[str, torch.Tensor],
+    found: Mapping[str, torch.Tensor],
+    stray: str,
+    config: str,
+) -> None:
+    """Raise ValueError unless a file's tensors have the names and shapes of those expected; names the file and the tensor.
+
+    Args:
+        stray: how to say that a tensor is one too much.
+        config: the file that the expected shapes come from.
+    """
+    for name in expected.keys() ^ found.keys():
+        told = "is missing" if name in expected else stray
+        raise ValueError(f"{path}: tensor {name!r} {told}; the file belongs to another checkpoint")
+    for name, tensor in expected.items():
+        if tensor.shape != found[name].shape:
+            raise ValueError(
+                f"{path}: tensor {name!r} has shape {tuple(found[name].shape)}, {config} asks for {tuple(tensor.shape)}"
+            )
 
 
 def make_folder(path: Path) -> None:

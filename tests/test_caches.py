@@ -5,22 +5,12 @@ import pickle
 
 import pytest
 import torch
+from cache_cases import CACHES, CROPS, STATEFUL, stateful
 from matrix import TEXT, llama, near, same_state, says, tokens, wrap
-from transformers import DynamicCache, StaticCache
+from transformers import DynamicCache
 
 import memlayers as ml
 
-STATEFUL = [
-    *("recurrent", "accumulate", "prefix", "neural_mag", "neural_mac", "neural_window"),
-    *("lora", "cartridge", "associative", "reversible"),
-]
-CROPS = ["lora", "cartridge"]
-stateful = pytest.mark.parametrize("name", STATEFUL)
-CACHES = {
-    "plain": lambda model: DynamicCache(),
-    "of_config": lambda model: DynamicCache(config=model.config),
-    "static": lambda model: StaticCache(config=model.config, max_cache_len=64),
-}
 made = pytest.mark.parametrize("make", list(CACHES))
 FOLLOW = 3
 

@@ -2,23 +2,13 @@
 
 import pytest
 import torch
+from cache_cases import CACHES, CROPS, stateful
 from matrix import TEXT, llama, near, says, tokens
-from transformers import DynamicCache, StaticCache
+from transformers import DynamicCache
 
 import memlayers as ml
 from memlayers.core.state import MemoryCache
 
-STATEFUL = [
-    *("recurrent", "accumulate", "prefix", "neural_mag", "neural_mac", "neural_window"),
-    *("lora", "cartridge", "associative", "reversible"),
-]
-CROPS = ["lora", "cartridge"]
-stateful = pytest.mark.parametrize("name", STATEFUL)
-CACHES = {
-    "plain": lambda model: DynamicCache(),
-    "of_config": lambda model: DynamicCache(config=model.config),
-    "static": lambda model: StaticCache(config=model.config, max_cache_len=64),
-}
 NEW = 4
 
 

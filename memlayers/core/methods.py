@@ -157,9 +157,8 @@ class PrepareInputs(MethodOverride):
         if not reading:
             return inputs
         past = inputs.get("past_key_values")
-        if (
-            isinstance(past, MemoryCache) and inputs.get("use_cache") is False
-        ):  # all tokens so far, again and again
+        if isinstance(past, MemoryCache) and inputs.get("use_cache") is False:
+            # Every step is given all tokens so far, and each is to begin with the same memory.
             memory_state = past.memory_state if memory_state is None else memory_state
             inputs["past_key_values"] = past = None
         has_cache, carried = past is not None, getattr(past, "memory_state", None)
