@@ -114,7 +114,7 @@ def test_a_failed_write_leaves_the_old_file_and_no_piece(tmp_path, monkeypatch):
             file.write(b"half a file")
         raise OSError("No space left on device")
 
-    monkeypatch.setattr("memlayers.files.save_file", half)
+    monkeypatch.setattr("memlayers.files.tensors.save_file", half)
     with torch.no_grad():
         ml.memories(model)["stream"].initial_memory.fill_(3.0)
     with pytest.raises(OSError, match="No space left"):

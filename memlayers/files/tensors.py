@@ -1,0 +1,141 @@
+"""Tensors in safetensors files: each with a checksum, so that what is read is what was written."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from .checksums import json_checksum, tensor_checksum
+from .texts import CHECKSUM, DamagedFile, parse_json
+from .whole import write_whole
+
+CHECKSUMS = "checksums"
+"""Field of a file's metadata that holds the checksum of each tensor."""
+
+
+def write_tensors(path: str | Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> str:
+    """Write a safetensors file whole or not at all, with checksums in its metadata.
+
+    Args:
+        tensors: of any device; written as they are on the CPU.
+        metadata: what else the file says of itself; `checksums` and `checksum` are taken.
+
+    Returns:
+        The checksum of the file's contents, for another file to record.
+
+    Raises:
+        ValueError: a tensor is not finite; names file and tensor.
+        OSError: as `write_whole`.
+    """
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    check_finite(path, plain)
+    sums = {name: tensor_checksum(name, tensor) for name, tensor in plain.items()}
+    fields = {**metadata, CHECKSUMS: json.dumps(sums, sort_keys=True)}
+    fields[CHECKSUM] = json_checksum(fields)
+    write_whole(path, lambda temporary: save_file(plain, temporary, metadata=fields))
+    return fields[CHECKSUM]
+
+
+def read_tensors(
+    path: str | Path, *, verify: bool = True, recorded: str | None = None
+) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """The tensors of a file that `write_tensors` wrote, on the CPU, and its metadata.
+
+    The tensors are views of the file: copy what is to stay.
+
+    Args:
+        verify: compare the checksums; False takes what is there.
+        recorded: the checksum that another file has of this one, None where none has.
+
+    Raises:
+        FileNotFoundError: nothing at `path`.
+        DamagedFile: not a safetensors file, or not as it was written; names file and tensor.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = dict(file.metadata() or {})
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise DamagedFile(f"{path} is cut short or not a safetensors file ({error})") from None
+    except Exception as error:  # sizes that contradict each other; what is raised depends on the version
+        raise DamagedFile(f"{path} is not a safetensors file that can be read ({error})") from None
+    if verify:
+        _compare(path, tensors, metadata, recorded)
+    return tensors, {k: v for k, v in metadata.items() if k not in (CHECKSUMS, CHECKSUM)}
+
+
+def _compare(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str], recorded) -> None:
+    """Raise DamagedFile unless tensors and metadata are those that were written."""
+    told = "take a copy that is whole, or read it with verify=False"
+    fields = {k: v for k, v in metadata.items() if k != CHECKSUM}
+    if CHECKSUM not in metadata or CHECKSUMS not in metadata:
+        raise DamagedFile(f"{path} has no checksums; {told}")
+    if metadata[CHECKSUM] != json_checksum(fields):
+        raise DamagedFile(f"{path}: its metadata is not as it was written; {told}")
+    sums = parse_json(metadata[CHECKSUMS], f"{path}: {CHECKSUMS}")
+    for name in sorted(sums.keys() ^ tensors.keys()):
+        one_too_much = name in tensors
+        raise DamagedFile(
+            f"{path}: tensor {name!r} {'was not written' if one_too_much else 'is missing'}; {told}"
+        )
+    for name, tensor in tensors.items():
+        if tensor_checksum(name, tensor) != sums[name]:
+            raise DamagedFile(f"{path}: tensor {name!r} is not as it was written; {told}")
+    if recorded is not None and metadata[CHECKSUM] != recorded:
+        raise DamagedFile(
+            f"{path} is whole, but it is the file of another checkpoint or of another save; {told}"
+        )
+
+
+def check_finite(path: str | Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Raise ValueError that names the file and the tensor unless all numbers are finite."""
+    for name, tensor in tensors.items():
+        if not is_finite(tensor):
+            raise ValueError(f"{path}: tensor {name!r} holds nan or inf")
+
+
+@torch.no_grad()
+def is_finite(tensor: torch.Tensor) -> bool:
+    """Whether no number of a tensor is nan or inf; ten times as fast as `isfinite`, because it makes no mask."""
+    if not (tensor.is_floating_point() or tensor.is_complex()) or tensor.numel() == 0:
+        return True
+    if tensor.is_complex():
+        tensor = torch.view_as_real(tensor)
+    if tensor.dtype.itemsize == 1:  # float8 has no order in torch
+        tensor = tensor.to(torch.float32)
+    return bool(torch.isfinite(torch.stack(torch.aminmax(tensor))).all())
+
+
+def check_tensors(
+    path: Path,
+    expected: Mapping[str, torch.Tensor],
+    found: Mapping[str, torch.Tensor],
+    stray: str,
+    config: str,
+) -> None:
+    """Raise ValueError unless a file's tensors have the names, shapes and kinds of numbers of those expected.
+
+    Args:
+        stray: how to say that a tensor is one too much.
+        config: the file that the expected shapes come from.
+    """
+    for name in expected.keys() ^ found.keys():
+        told = "is missing" if name in expected else stray
+        raise ValueError(f"{path}: tensor {name!r} {told}; the file belongs to another checkpoint")
+    for name, tensor in expected.items():
+        if tensor.shape != found[name].shape:
+            raise ValueError(
+                f"{path}: tensor {name!r} has shape {tuple(found[name].shape)}, {config} asks for {tuple(tensor.shape)}"
+            )
+        if tensor.is_floating_point() != found[name].is_floating_point():
+            raise ValueError(
+                f"{path}: tensor {name!r} has numbers of {found[name].dtype}, not {tensor.dtype}"
+            )
