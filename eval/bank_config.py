@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated
-
 from pydantic import Field, model_validator
 
 import memlayers as ml
 from memlayers.config import ConfigError, Strict
+from memlayers.limits import Count, Rate, Scale, Seed
 
 
 class BankEvalConfig(Strict):
@@ -29,17 +28,17 @@ class BankEvalConfig(Strict):
     """
 
     model: str
-    n_documents: int = Field(40, ge=2)
+    n_documents: Count = Field(40, ge=2)
     facts_per_document: int = Field(3, ge=1, le=5)
-    n_deleted: int = Field(10, ge=1)
+    n_deleted: Count = 10
     memory: ml.LoRAMemoryConfig = ml.LoRAMemoryConfig()
     bank: ml.LoRABankConfig = ml.LoRABankConfig()
-    one_learning_rate: float = Field(5e-3, gt=0)
-    top_k: list[Annotated[int, Field(ge=1)]] = Field([1, 2, 3], min_length=1)
-    temperatures: list[Annotated[float, Field(gt=0)]] = Field([])
-    seeds: list[Annotated[int, Field(ge=0)]] = Field([0, 1, 2], min_length=1)
-    batch_size: int = Field(120, ge=1)
-    resamples: int = Field(2000, ge=100)
+    one_learning_rate: Rate = 5e-3
+    top_k: list[Count] = Field([1, 2, 3], min_length=1)
+    temperatures: list[Scale] = Field([])
+    seeds: list[Seed] = Field([0, 1, 2], min_length=1)
+    batch_size: Count = 120
+    resamples: int = Field(2000, ge=100, le=1_000_000)
     note: str = ""
 
     @model_validator(mode="after")

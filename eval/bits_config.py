@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated
 
 from pydantic import Field, model_validator
 
@@ -11,6 +10,7 @@ import memlayers as ml
 from memlayers.config import ConfigError, Strict
 from memlayers.eval.reversible import CycleTraining
 from memlayers.kinds import AnyMemoryConfig
+from memlayers.limits import Rate, Seed, Steps, Tokens, Width
 
 
 class Ladder(Strict):
@@ -28,9 +28,9 @@ class Ladder(Strict):
 
     memory: AnyMemoryConfig
     field: str
-    sizes: list[Annotated[int, Field(ge=1)]] = Field(min_length=1)
-    lengths: list[Annotated[int, Field(ge=1)]] = Field([64, 256], min_length=1)
-    learning_rate: float = Field(1e-2, gt=0)
+    sizes: list[Width] = Field(min_length=1)
+    lengths: list[Tokens] = Field([64, 256], min_length=1)
+    learning_rate: Rate = 1e-2
     read_back: CycleTraining | None = None
 
     @model_validator(mode="after")
@@ -68,9 +68,9 @@ class BitsConfig(Strict):
     """
 
     model: str
-    steps: int = Field(400, ge=1)
+    steps: Steps = 400
     kinds: dict[str, Ladder] = Field(min_length=1)
-    seeds: list[Annotated[int, Field(ge=0)]] = Field([0, 1, 2], min_length=1)
+    seeds: list[Seed] = Field([0, 1, 2], min_length=1)
     note: str = ""
 
     @model_validator(mode="after")

@@ -13,7 +13,6 @@ all the seeds that lie there.
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,9 +28,10 @@ from transformers import AutoTokenizer
 import memlayers as ml
 from memlayers.config import ConfigError, Strict
 from memlayers.eval.models import load_plain
+from memlayers.eval.output import check_output, write_output
 from memlayers.eval.speed.timing import where
 from memlayers.eval.summary import over_seeds, reports_of_seeds, seeds_of, table, versions_of
-from memlayers.files import write_text, write_whole
+from memlayers.limits import Seed, Tokens, Width
 from memlayers.tasks.fact_words import RELATIONS
 from memlayers.writing import of_text
 from memlayers.yaml_config import load_yaml
@@ -52,10 +52,10 @@ class CapacityConfig(Strict):
     """
 
     model: str
-    ranks: list[Annotated[int, Field(ge=1)]] = Field([1, 2, 4, 8, 16, 32, 64], min_length=1)
-    lengths: list[Annotated[int, Field(ge=1)]] = Field([256, 1024], min_length=1)
+    ranks: list[Width] = Field([1, 2, 4, 8, 16, 32, 64], min_length=1)
+    lengths: list[Tokens] = Field([256, 1024], min_length=1)
     memory: ml.LoRAMemoryConfig = ml.LoRAMemoryConfig()
-    seeds: list[Annotated[int, Field(ge=0)]] = Field([0, 1, 2], min_length=1)
+    seeds: list[Seed] = Field([0, 1, 2], min_length=1)
     note: str = ""
 
     @model_validator(mode="after")
@@ -80,6 +80,7 @@ def evaluate(config: CapacityConfig, output_dir: str | Path, progress: bool = Tr
     """
     reports = []
     for seed in config.seeds:
+        check_output(Path(output_dir) / f"seed{seed}")
         report, samples = measure(config, seed, progress)
         write(report, samples, Path(output_dir) / f"seed{seed}")
         reports.append(report)
@@ -171,18 +172,16 @@ def read(
 
 
 def write(report: dict, samples: Sequence[dict], folder: Path) -> None:
-    """samples.jsonl, capacity.png, report.md and report.json, each whole or not at all."""
-    write_text(folder / "samples.jsonl", "".join(json.dumps(row) + "\n" for row in samples))
-    write_whole(folder / "capacity.png", lambda path: picture([report], path))
-    write_text(folder / "report.md", markdown([report]))
-    write_text(folder / "report.json", json.dumps(report, indent=2) + "\n")
+    """samples.jsonl, capacity.png, report.md and report.json; raises as `write_output`."""
+    pictures = {"capacity.png": lambda path: picture([report], path)}
+    write_output(folder, {"report.md": markdown([report])}, pictures, report, samples)
 
 
 def write_summary(folder: Path) -> None:
     """summary.md and capacity.png of all seeds in `folder`; raises as `reports_of_seeds`."""
     reports = reports_of_seeds(folder)
-    write_whole(folder / "capacity.png", lambda path: picture(reports, path))
-    write_text(folder / "summary.md", markdown(reports))
+    pictures = {"capacity.png": lambda path: picture(reports, path)}
+    write_output(folder, {"summary.md": markdown(reports)}, pictures)
 
 
 def markdown(reports: Sequence[dict]) -> str:

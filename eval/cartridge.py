@@ -37,8 +37,9 @@ from memlayers.config import ConfigError, Strict
 from memlayers.core.model import max_positions
 from memlayers.eval import cartridge_report
 from memlayers.eval.models import load_plain
+from memlayers.eval.output import read_report
 from memlayers.eval.speed.timing import where
-from memlayers.files import write_text
+from memlayers.limits import Count, Seed, Width
 from memlayers.writing import DistillSection, WriterSection, of_teacher
 from memlayers.yaml_config import load_yaml
 
@@ -55,7 +56,7 @@ class TextsSection(Strict):
     """
 
     file: str | None = None
-    n: int = Field(10, ge=2)
+    n: Count = Field(10, ge=2)
 
 
 class CartridgeEvalConfig(Strict):
@@ -75,12 +76,12 @@ class CartridgeEvalConfig(Strict):
 
     model: str
     texts: dict[str, TextsSection] = Field(min_length=1)
-    text_length: int = Field(384, ge=2)
-    continuation_length: int = Field(128, ge=2)
-    sizes: list[Annotated[int, Field(ge=1)]] = Field([8, 19, 38, 77, 154, 384], min_length=1)
+    text_length: Width = Field(384, ge=2)
+    continuation_length: Width = Field(128, ge=2)
+    sizes: list[Width] = Field([8, 19, 38, 77, 154, 384], min_length=1)
     writers: dict[str, WriterSection]
-    seeds: list[Annotated[int, Field(ge=0)]] = Field([0, 1, 2], min_length=1)
-    resamples: int = Field(2000, ge=100)
+    seeds: list[Seed] = Field([0, 1, 2], min_length=1)
+    resamples: int = Field(2000, ge=100, le=1_000_000)
     note: str = ""
 
     @model_validator(mode="after")
@@ -106,11 +107,10 @@ def evaluate(config: CartridgeEvalConfig, output_dir: str | Path, progress: bool
     for seed in config.seeds:
         path = output_dir / f"seed{seed}" / "report.json"
         described = json.loads(json.dumps({**config.model_dump(exclude={"seeds"}), "seed": seed}))
-        report = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        report = read_report(path) if path.is_file() else {}
         if report.get("config") != described:
             report = {"config": described, **measure(config, seed, progress)}
-            cartridge_report.write([report], path.parent, "report.md")
-            write_text(path, json.dumps(report, indent=1) + "\n")
+            cartridge_report.write([report], path.parent, "report.md", report)
         reports.append(report)
     cartridge_report.write_summary(output_dir)
     return reports

@@ -10,6 +10,7 @@ from pydantic import Discriminator, Field, Tag, model_validator
 
 from memlayers.config import ConfigError, Strict
 from memlayers.eval.perplexity import PerplexityConfig
+from memlayers.limits import MOST_TOKENS, Count, Seed, Tokens
 from memlayers.tasks import FactsConfig, HaystackConfig, MqarConfig
 from memlayers.yaml_config import load_yaml
 
@@ -38,10 +39,10 @@ class SuiteConfig(Strict):
 
     type: Literal["haystack"] = "haystack"
     task: HaystackConfig
-    lengths: list[int] | None = Field(None, min_length=1)
-    windows: list[int] | None = Field(None, min_length=1)
+    lengths: list[Tokens] | None = Field(None, min_length=1)
+    windows: list[Tokens] | None = Field(None, min_length=1)
     depths: list[float] = Field([0.0, 0.25, 0.5, 0.75, 1.0], min_length=1)
-    n: int = Field(200, ge=1, le=1_000_000)
+    n: Count = 200
     regimes: list[Regime] = Field(["F", "W", "D"], min_length=1)
 
     @model_validator(mode="after")
@@ -54,8 +55,6 @@ class SuiteConfig(Strict):
             values = getattr(self, field) or []
             if len(set(values)) != len(values):
                 raise ValueError(f"{field}: {values} names a value twice")
-        if any(value < 1 for value in (self.lengths or self.windows or [])):
-            raise ValueError("lengths: lengths and windows must be at least 1")
         if any(not 0 <= depth <= 1 for depth in self.depths):
             raise ValueError(f"depths: {self.depths} must lie between 0 (start) and 1 (end)")
         return self
@@ -71,7 +70,7 @@ class FactsSuiteConfig(Strict):
 
     type: Literal["facts"] = "facts"
     facts: FactsConfig = FactsConfig()
-    n: int | None = Field(None, ge=1)
+    n: Count | None = None
     before: str | None = None
 
 
@@ -85,9 +84,9 @@ class MqarSuiteConfig(Strict):
 
     type: Literal["mqar"] = "mqar"
     task: MqarConfig = MqarConfig()
-    n_pairs: list[Annotated[int, Field(ge=1)]] = Field(min_length=1)
-    lengths: list[Annotated[int, Field(ge=1)]] | None = Field(None, min_length=1)
-    n: int = Field(200, ge=1, le=1_000_000)
+    n_pairs: list[Count] = Field(min_length=1)
+    lengths: list[Tokens] | None = Field(None, min_length=1)
+    n: Count = 200
     regimes: list[Regime] = Field(["F", "W", "D"], min_length=1)
 
     @model_validator(mode="after")
@@ -104,7 +103,8 @@ class MqarSuiteConfig(Strict):
 
 
 def _suite_type(block: Any) -> str:
-    return block.get("type", "haystack") if isinstance(block, dict) else getattr(block, "type", "haystack")
+    named = block.get("type", "haystack") if isinstance(block, dict) else getattr(block, "type", "haystack")
+    return str(named)
 
 
 AnySuite = Annotated[
@@ -133,11 +133,11 @@ class EvalConfig(Strict):
     perplexity: PerplexityConfig | None = None
     arms: list[Arm] = Field(list(ARMS))
     controls: list[Control] = Field(list(CONTROLS))
-    window: int | None = Field(None, ge=1)
-    batch_size: int = Field(64, ge=1)
-    margin: int = Field(4, ge=0)
-    seed: int = Field(0, ge=0)
-    resamples: int = Field(2000, ge=100)
+    window: Tokens | None = None
+    batch_size: Count = 64
+    margin: int = Field(4, ge=0, le=MOST_TOKENS)
+    seed: Seed = 0
+    resamples: int = Field(2000, ge=100, le=1_000_000)
     device: str | None = None
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
 

@@ -19,6 +19,7 @@ from scipy import stats
 import memlayers as ml
 from memlayers.config import Strict
 from memlayers.core.model import max_positions, reach
+from memlayers.limits import Count
 from memlayers.tasks.filler import TRAIN_SHARE, split_sentences
 
 ARMS = {"base": ("base", "base_cut"), "untrained": ("untrained",), "trained": ("memory_off", "trained")}
@@ -33,8 +34,8 @@ class PerplexityConfig(Strict):
     """
 
     file: str
-    windows: int = Field(8, ge=1)
-    n_sequences: int = Field(32, ge=2)
+    windows: Count = 8
+    n_sequences: Count = Field(32, ge=2)
 
 
 def unseen_prose(config: PerplexityConfig, tokenizer, window: int) -> torch.Tensor:

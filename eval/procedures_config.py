@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from memlayers.config import ConfigError, Strict
+from memlayers.limits import Count, Rate, Scale, Seed, Steps, Width
 
 
 class TaskTokensArm(Strict):
@@ -20,11 +21,11 @@ class TaskTokensArm(Strict):
     """
 
     type: Literal["task_tokens"] = "task_tokens"
-    learning_rate: float = Field(1e-2, gt=0)
+    learning_rate: Rate = 1e-2
     tied: bool | None = None
     renormalize: bool = False
     init_from_words: bool = False
-    replay: int = Field(0, ge=0)
+    replay: int = Field(0, ge=0, le=1_000_000)
 
 
 class LoraArm(Strict):
@@ -38,11 +39,11 @@ class LoraArm(Strict):
     """
 
     type: Literal["lora"] = "lora"
-    learning_rate: float = Field(1e-2, gt=0)
-    r: int = Field(4, ge=1)
-    alpha: float = Field(8.0, gt=0)
+    learning_rate: Rate = 1e-2
+    r: Width = 4
+    alpha: Scale = 8.0
     says: Literal["answer", "words"] = "answer"
-    replay: int = Field(0, ge=0)
+    replay: int = Field(0, ge=0, le=1_000_000)
 
 
 AnyArm = Annotated[TaskTokensArm | LoraArm, Field(discriminator="type")]
@@ -64,15 +65,15 @@ class ProceduresEvalConfig(Strict):
     """
 
     base: str
-    batches: int = Field(4, ge=1)
-    batch_procedures: int = Field(16, ge=1)
+    batches: Count = 4
+    batch_procedures: Count = 16
     arms: dict[str, AnyArm] = Field(min_length=1)
-    steps: int = Field(200, ge=1)
-    batch_size: int = Field(64, ge=1)
-    queries: int = Field(20, ge=1)
-    seeds: list[Annotated[int, Field(ge=0)]] = Field([0, 1, 2], min_length=1)
-    ask_at_once: int = Field(320, ge=1)
-    resamples: int = Field(2000, ge=100)
+    steps: Steps = 200
+    batch_size: Count = 64
+    queries: Count = 20
+    seeds: list[Seed] = Field([0, 1, 2], min_length=1)
+    ask_at_once: Count = 320
+    resamples: int = Field(2000, ge=100, le=1_000_000)
     note: str = ""
 
     @model_validator(mode="after")

@@ -16,7 +16,6 @@ seeds that lie there; no picture where only a checkpoint is measured.
 
 from __future__ import annotations
 
-import json
 import time
 from pathlib import Path
 from statistics import mean
@@ -31,12 +30,13 @@ from transformers import AutoTokenizer, get_cosine_schedule_with_warmup
 import memlayers as ml
 from memlayers.config import ConfigError, Strict
 from memlayers.eval.models import load_plain
+from memlayers.eval.output import check_output, write_output
 from memlayers.eval.perplexity import PerplexityConfig, cell_of, unseen_prose
 from memlayers.eval.reversible_report import GIVEN, markdown, picture
 from memlayers.eval.speed.timing import where
 from memlayers.eval.statistics import paired_bootstrap, wilson
 from memlayers.eval.summary import reports_of_seeds
-from memlayers.files import write_text, write_whole
+from memlayers.limits import Count, Rate, Seed, Steps
 from memlayers.tasks.filler import TRAIN_SHARE, split_sentences
 from memlayers.yaml_config import load_yaml
 
@@ -52,9 +52,9 @@ class CycleTraining(Strict):
         learning_rate: the highest.
     """
 
-    steps: int = Field(400, ge=1)
-    batch_size: int = Field(32, ge=1)
-    learning_rate: float = Field(2e-2, gt=0)
+    steps: Steps = 400
+    batch_size: Count = 32
+    learning_rate: Rate = 2e-2
 
 
 class ReversibleEvalConfig(CycleTraining):
@@ -75,11 +75,11 @@ class ReversibleEvalConfig(CycleTraining):
     model: str
     file: str
     arms: dict[str, ml.ReversibleMemoryConfig] = Field(default_factory=dict)
-    n_segments: int = Field(500, ge=2)
+    n_segments: Count = Field(500, ge=2)
     checkpoint: str | None = None
-    context_segments: int = Field(3, ge=1)
-    n_sequences: int = Field(100, ge=2)
-    seeds: list[Annotated[int, Field(ge=0)]] = Field([0, 1, 2], min_length=1)
+    context_segments: Count = 3
+    n_sequences: Count = Field(100, ge=2)
+    seeds: list[Seed] = Field([0, 1, 2], min_length=1)
     note: str = ""
 
     @model_validator(mode="after")
@@ -99,16 +99,14 @@ def evaluate(config: ReversibleEvalConfig, output_dir: str | Path, progress: boo
     """
     reports = []
     for seed in config.seeds:
-        report, samples = measure(config, seed, progress)
         folder = Path(output_dir) / f"seed{seed}"
-        write_text(folder / "samples.jsonl", "".join(json.dumps(row) + "\n" for row in samples))
-        write_text(folder / "report.md", markdown([report]))
-        write_text(folder / "report.json", json.dumps(report, indent=2) + "\n")
+        check_output(folder)
+        report, samples = measure(config, seed, progress)
+        write_output(folder, {"report.md": markdown([report])}, report=report, samples=samples)
         reports.append(report)
     reports_there = reports_of_seeds(Path(output_dir))
-    if config.arms:
-        write_whole(Path(output_dir) / "reversible.png", lambda path: picture(reports_there, path))
-    write_text(Path(output_dir) / "summary.md", markdown(reports_there))
+    pictures = {"reversible.png": lambda path: picture(reports_there, path)} if config.arms else {}
+    write_output(output_dir, {"summary.md": markdown(reports_there)}, pictures)
     return reports
 
 

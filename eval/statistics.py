@@ -7,6 +7,9 @@ from collections.abc import Hashable, Sequence
 import numpy as np
 from scipy import stats
 
+MOST_DRAWN = 10_000_000
+"""Clusters that are drawn at a time: 80 MB of numbers."""
+
 
 def wilson(successes: int, n: int, level: float = 0.95) -> tuple[float, float]:
     """Wilson's interval for a share. Raises `ValueError` for n = 0."""
@@ -48,6 +51,7 @@ def paired_bootstrap(
         paired=True,
         vectorized=True,
         n_resamples=resamples,
+        batch=max(1, MOST_DRAWN // len(totals)),
         confidence_level=level,
         method="percentile",
         rng=np.random.default_rng(seed),

@@ -11,7 +11,6 @@ its report.json; summary.md is over all the seeds that lie in OUT.
 from __future__ import annotations
 
 import copy
-import json
 import math
 from pathlib import Path
 from statistics import mean
@@ -26,10 +25,11 @@ from transformers import AutoTokenizer
 import memlayers as ml
 from memlayers.config import Strict
 from memlayers.eval.models import load_plain
+from memlayers.eval.output import write_output
 from memlayers.eval.perplexity import PerplexityConfig, unseen_prose
 from memlayers.eval.statistics import wilson
 from memlayers.eval.summary import over_seeds, reports_of_seeds, seeds_of, table
-from memlayers.files import write_text
+from memlayers.limits import Count, Rate, Seed, Steps, Tokens
 from memlayers.tasks import Sample, UpdatesConfig, UpdatesTask, rng_for
 from memlayers.yaml_config import load_yaml
 
@@ -52,14 +52,14 @@ class FinetuneConfig(Strict):
 
     model: str
     task: UpdatesConfig = UpdatesConfig()
-    n_statements: list[Annotated[int, Field(ge=1)]] = Field([4, 8, 16, 32], min_length=1)
-    n: int = Field(30, ge=1)
-    steps: int = Field(3, ge=1)
-    learning_rate: float = Field(1e-3, gt=0)
+    n_statements: list[Count] = Field([4, 8, 16, 32], min_length=1)
+    n: Count = 30
+    steps: Steps = 3
+    learning_rate: Rate = 1e-3
     prose: PerplexityConfig
-    window: int = Field(8, ge=2)
+    window: Tokens = Field(8, ge=2)
     memories: dict[str, str] = Field(default_factory=dict)
-    seeds: list[Annotated[int, Field(ge=0)]] = Field([0, 1, 2], min_length=1)
+    seeds: list[Seed] = Field([0, 1, 2], min_length=1)
     note: str = ""
 
 
@@ -68,9 +68,8 @@ def evaluate(config: FinetuneConfig, output_dir: str | Path, progress: bool = Tr
     reports = []
     for seed in config.seeds:
         reports.append(measure(config, seed, progress))
-        text = json.dumps(reports[-1], indent=2) + "\n"
-        write_text(Path(output_dir) / f"seed{seed}" / "report.json", text)
-    write_text(Path(output_dir) / "summary.md", summary(reports_of_seeds(Path(output_dir))))
+        write_output(Path(output_dir) / f"seed{seed}", {}, report=reports[-1])
+    write_output(output_dir, {"summary.md": summary(reports_of_seeds(Path(output_dir)))})
     return reports
 
 

@@ -8,11 +8,16 @@ starts with the dotted path of the field and, for a misspelt key, ends with the 
 from __future__ import annotations
 
 import difflib
+import re
 import types
 import typing
 from typing import Any, TypeVar
 
 import pydantic
+
+MOST_LEVELS = 50
+MOST_VALUES = 1_000_000
+"""Values that a config may hold, and levels that they may be nested in."""
 
 
 class ConfigError(ValueError):
@@ -20,15 +25,18 @@ class ConfigError(ValueError):
 
 
 class Strict(pydantic.BaseModel):
-    """Base of every config: unknown keys are errors, values are never coerced, objects are frozen.
+    """Base of every config: unknown keys are errors, values are never coerced, numbers are finite, objects are frozen.
 
     Raises:
         ConfigError: on construction with an unknown field, a wrong type or a value out of range.
     """
 
-    model_config = pydantic.ConfigDict(extra="forbid", frozen=True, strict=True, protected_namespaces=())
+    model_config = pydantic.ConfigDict(
+        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, protected_namespaces=()
+    )
 
     def __init__(self, **data: Any):
+        check_plain(data)
         try:
             super().__init__(**data)
         except pydantic.ValidationError as error:
@@ -83,12 +91,59 @@ def validate(model: type[Model] | Any, data: Any, where: str = "") -> Model:
     Raises:
         ConfigError: one message that lists every wrong field with its full path.
     """
+    check_plain(data, where)
     if isinstance(model, type) and issubclass(model, Strict) and not isinstance(data, dict):
         raise ConfigError(f"{where or 'config'}: expected a mapping of fields, got {type(data).__name__}")
     try:
         return pydantic.TypeAdapter(model).validate_python(data)
     except pydantic.ValidationError as error:
         raise ConfigError(explain(error, model, where)) from None
+
+
+def check_plain(data: Any, where: str = "") -> None:
+    """Raise `ConfigError` for what no config holds and what would break on the way, before pydantic sees it: names of
+    fields that are no strings, text that cannot be written as UTF-8 or to a path, whole numbers beyond 64 bits, more
+    than MOST_LEVELS levels (as of a dict in itself), more than MOST_VALUES values (as of YAML anchors in anchors, whose
+    values are counted at each place).
+
+    Args:
+        data: dicts, lists and tuples are looked into, with all they hold.
+        where: dotted path of `data`.
+    """
+    rest, seen = [(where, 0, data)], 0
+    while rest:
+        at, level, value = rest.pop()
+        seen += 1
+        named = at or "config"
+        if seen > MOST_VALUES or (isinstance(value, dict | list | tuple) and len(value) > MOST_VALUES):
+            raise ConfigError(f"{where or 'config'}: holds more than {MOST_VALUES:,} values")
+        if level > MOST_LEVELS:
+            raise ConfigError(f"{named:.200}: is more than {MOST_LEVELS} levels deep")
+        if isinstance(value, str) and _no_text(value):
+            raise ConfigError(f"{named}: {shown(value)} has a character that is no text, such as NUL")
+        if isinstance(value, int) and abs(value) >= 2**63:
+            raise ConfigError(f"{named}: a whole number with {value.bit_length()} bits, at most 63 are taken")
+        if isinstance(value, dict):
+            for key in value:
+                if not isinstance(key, str) or _no_text(key):
+                    raise ConfigError(f"{named}: {shown(key)} is no name of a field; a name is a text")
+            rest += [(f"{at}.{key}" if at else key, level + 1, item) for key, item in value.items()]
+        elif isinstance(value, list | tuple):
+            rest += [(f"{at}.{i}" if at else str(i), level + 1, item) for i, item in enumerate(value)]
+
+
+def _no_text(text: str) -> bool:
+    return re.search("[\x00\ud800-\udfff]", text) is not None
+
+
+def shown(value: Any) -> str:
+    """A value for a message, of at most 200 printable characters, whatever it is."""
+    try:
+        text = repr(value)
+    except Exception:  # such as of a whole number with 5,000 digits, or an object that cannot show itself
+        text = f"a {type(value).__name__}"
+    text = text.encode("utf-8", "backslashreplace").decode()
+    return text if len(text) <= 200 else f"{text[:200]}..."
 
 
 def explain(error: pydantic.ValidationError, model: Any, where: str) -> str:
@@ -118,10 +173,10 @@ def _message(item: dict, known: list[str], path: list[str]) -> str:
         tags, got = item["ctx"].get("expected_tags", ""), item["ctx"].get("tag")
         if got is None:
             return f"needs a field 'type', one of {tags}"
-        near = difflib.get_close_matches(str(got), [tag.strip(" '") for tag in tags.split(",")], n=1)
-        return f"type {got!r} is not one of {tags}" + (f", did you mean {near[0]!r}?" if near else "")
-    shown = "" if isinstance(item["input"], dict) else f" (got {item['input']!r})"
-    return item["msg"].removeprefix("Value error, ") + shown
+        near = difflib.get_close_matches(shown(got), [tag.strip(" '") for tag in tags.split(",")], n=1)
+        return f"type {shown(got)} is not one of {tags}" + (f", did you mean {near[0]!r}?" if near else "")
+    got = "" if isinstance(item["input"], dict) else f" (got {shown(item['input'])})"
+    return item["msg"].removeprefix("Value error, ") + got
 
 
 def _follow(model: Any, loc: tuple) -> tuple[list[str], list[str]]:

@@ -9,7 +9,7 @@ import pydantic
 
 from .associative import AssociativeMemory, AssociativeMemoryConfig
 from .cartridge import Cartridge, CartridgeConfig
-from .config import ConfigError, MemoryConfig, validate
+from .config import ConfigError, MemoryConfig, check_plain, shown, validate
 from .core.memory import Memory
 from .lora import LoRAMemories, LoRAMemoryConfig
 from .neural import NeuralMemories, NeuralMemoryConfig
@@ -38,12 +38,13 @@ def parse_memory_config(data: Any, where: str = "") -> MemoryConfig:
     """
     if isinstance(data, MemoryConfig):
         return data
+    check_plain(data, where)
     kind = data.get("type") if isinstance(data, dict) else None
-    if kind not in KINDS:
-        near = difflib.get_close_matches(str(kind), KINDS, n=1)
+    if not isinstance(kind, str) or kind not in KINDS:
+        near = difflib.get_close_matches(shown(kind), KINDS, n=1)
         hint = f", did you mean {near[0]!r}?" if near else ""
         path = f"{where}.type" if where else "type"
-        raise ConfigError(f"{path}: {kind!r} is not a kind of memory; known: {', '.join(KINDS)}{hint}")
+        raise ConfigError(f"{path}: {shown(kind)} is not a kind of memory; known: {', '.join(KINDS)}{hint}")
     return validate(KINDS[kind][0], data, where)
 
 

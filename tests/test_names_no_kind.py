@@ -21,9 +21,9 @@ ROOMS = ("kernels", "train", "eval")
 """Folders beside the package that are parts of it."""
 KIND_ROOMS = sorted({kind.__module__.split(".")[1] for kinds in KINDS.values() for kind in kinds})
 
-GROUND = {"config", "files", "version"}
+GROUND = {"config", "errors", "files", "limits", "version"}
 CORE = GROUND | {"kernels", "core"}
-KIND = {"config", "files", "core", "kernels", "writing"}
+KIND = {"config", "files", "limits", "core", "kernels", "writing"}
 ATTACHED = CORE | {"adapters", "optim", "tasks", "writing", "kinds", *KIND_ROOMS}
 PUBLIC = ATTACHED | {"attach", "write", "checkpoint", "yaml_config", PACKAGE}
 MAY_IMPORT = {

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
+import pydantic
 from pydantic import Field, PlainSerializer, PlainValidator, model_validator
 
 from memlayers.config import ConfigError, Strict, validate
 from memlayers.kinds import AnyMemoryConfig
+from memlayers.limits import Count, Scale, Seed, Steps, Weight, Width
 
 from .data_config import (
     AnyData,
@@ -42,6 +44,10 @@ __all__ = [
 ]
 
 
+MOST_SEGMENTS = 100_000
+"""Segments of an item; a curriculum may have as many stages."""
+
+
 class ModelSection(Strict):
     """Which model is trained: a checkpoint by `path`, or a random one by `config`.
 
@@ -53,7 +59,7 @@ class ModelSection(Strict):
     """
 
     path: str | None = None
-    config: dict[str, Any] | None = None
+    config: dict[str, pydantic.JsonValue] | None = None
     tokenizer: str | None = None
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
 
@@ -86,8 +92,8 @@ class LoraSection(Strict):
         target_modules: names of linear layers, or `all-linear`.
     """
 
-    r: int = Field(16, ge=1)
-    alpha: float = Field(32.0, gt=0)
+    r: Width = 16
+    alpha: Scale = 32.0
     dropout: float = Field(0.0, ge=0, lt=1)
     target_modules: Annotated[list[str] | Literal["all-linear"], PlainValidator(_modules)] = "all-linear"
 
@@ -103,18 +109,24 @@ class LossSection(Strict):
             of reading it back.
     """
 
-    answer: float = Field(1.0, ge=0)
-    rest: float = Field(0.2, ge=0)
-    context: float = Field(0.0, ge=0)
-    cycle: float = Field(0.0, ge=0)
+    answer: Weight = 1.0
+    rest: Weight = 0.2
+    context: Weight = 0.0
+    cycle: Weight = 0.0
+
+    @model_validator(mode="after")
+    def _something_to_learn(self):
+        if not any(self.model_dump().values()):
+            raise ConfigError("answer: all weights are 0, so that there is nothing to learn; set one above 0")
+        return self
 
 
 class SegmentRange(Strict):
     """Stages from `start` to `stop` segments, both included."""
 
-    start: int = Field(1, ge=0)
-    stop: int = Field(ge=1)
-    step: int = Field(1, ge=1)
+    start: int = Field(1, ge=0, le=MOST_SEGMENTS)
+    stop: int = Field(ge=1, le=MOST_SEGMENTS)
+    step: int = Field(1, ge=1, le=MOST_SEGMENTS)
 
     @model_validator(mode="after")
     def _order(self):
@@ -150,15 +162,18 @@ class CurriculumSection(Strict):
 
     segments: Annotated[list[int] | SegmentRange, PlainValidator(_stages), PlainSerializer(_plain)]
     threshold: float = Field(0.9, gt=0, le=1)
-    window: int = Field(20, ge=1)
+    window: Count = 20
     varied: bool = True
     current_share: float = Field(0.5, gt=0, le=1)
 
     @model_validator(mode="after")
     def _rising(self):
         stages = self.stages
-        if not stages or stages[0] < 0 or stages[-1] < 1 or stages != sorted(set(stages)):
-            raise ConfigError("segments: must be a rising list of numbers from 0 or 1")
+        rising = bool(stages) and stages == sorted(set(stages))
+        if not rising or stages[0] < 0 or not 1 <= stages[-1] <= MOST_SEGMENTS:
+            raise ConfigError(
+                f"segments: must be a rising list of numbers from 0 or 1, at most {MOST_SEGMENTS:,}"
+            )
         return self
 
     @property
@@ -208,21 +223,21 @@ class TrainConfig(Strict):
     sparse_finetuning: SparseFinetuningSection | None = None
     background: BackgroundSection | None = None
     schedule: ScheduleSection = ScheduleSection()
-    batch_size: int = Field(32, ge=1)
-    gradient_accumulation: int = Field(1, ge=1)
-    max_steps: int = Field(1000, ge=1)
+    batch_size: Count = 32
+    gradient_accumulation: Count = 1
+    max_steps: Steps = 1000
     stop_at: float | None = Field(None, gt=0, le=1)
-    clip: float | None = Field(1.0, gt=0)
+    clip: Scale | None = 1.0
     precision: Literal["no", "bf16"] = "no"
     gradient_checkpointing: Literal["none", "reentrant", "non_reentrant"] = "none"
-    seed: int = Field(0, ge=0, lt=2**31)
-    log_every: int = Field(10, ge=1)
-    checkpoint_every: int | None = Field(None, ge=1)
-    keep_checkpoints: int = Field(2, ge=1)
+    seed: Seed = 0
+    log_every: Steps = 10
+    checkpoint_every: Steps | None = None
+    keep_checkpoints: Count = 2
     output_dir: str
     overwrite: bool = False
     trackers: list[str] = Field(default_factory=list)
-    num_processes: int = Field(1, ge=1)
+    num_processes: Width = 1
 
     @model_validator(mode="after")
     def _fits_together(self):

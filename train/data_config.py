@@ -7,9 +7,12 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from memlayers.config import ConfigError, Strict
+from memlayers.limits import Count, Scale, Seed, Tokens
 from memlayers.tasks import FactsConfig, ProceduresConfig, TaskConfig
 
 Regime = Literal["D", "W", "F"]
+MOST_USES = 10_000_000
+"""Uses of procedures that are kept as a list."""
 
 
 class TaskData(Strict):
@@ -26,8 +29,8 @@ class TaskData(Strict):
     type: Literal["task"] = "task"
     task: TaskConfig
     regime: Regime = "D"
-    segment_length: int | None = Field(None, ge=1)
-    segments: int | None = Field(None, ge=1)
+    segment_length: Tokens | None = None
+    segments: Count | None = None
 
 
 class TextData(Strict):
@@ -40,7 +43,7 @@ class TextData(Strict):
 
     type: Literal["text"] = "text"
     files: list[str] = Field(min_length=1)
-    length: int = Field(512, ge=2)
+    length: Tokens = Field(512, ge=2)
 
 
 class JsonlData(Strict):
@@ -54,7 +57,7 @@ class JsonlData(Strict):
 
     type: Literal["jsonl"] = "jsonl"
     files: list[str] = Field(min_length=1)
-    length: int = Field(512, ge=2)
+    length: Tokens = Field(512, ge=2)
     regime: Regime = "D"
 
 
@@ -76,9 +79,9 @@ class DatasetData(Strict):
     name: str | None = None
     split: str = "train"
     text_field: str = "text"
-    length: int = Field(512, ge=2)
+    length: Tokens = Field(512, ge=2)
     streaming: bool = False
-    shuffle_buffer: int = Field(1000, ge=1)
+    shuffle_buffer: Count = 1000
 
 
 class FactsData(Strict):
@@ -93,7 +96,7 @@ class FactsData(Strict):
     type: Literal["facts"] = "facts"
     facts: FactsConfig = FactsConfig()
     batch: Literal["first", "later"] = "first"
-    rehearse: int = Field(0, ge=0)
+    rehearse: int = Field(0, ge=0, le=1_000_000)
 
     @model_validator(mode="after")
     def _has_facts(self):
@@ -118,15 +121,19 @@ class ProceduresData(Strict):
 
     type: Literal["procedures"] = "procedures"
     procedures: ProceduresConfig = ProceduresConfig()
-    n: int = Field(16, ge=1)
-    seed: int = Field(0, ge=0)
-    first: int = Field(0, ge=0)
-    uses: int = Field(200, ge=1)
+    n: Count = 16
+    seed: Seed = 0
+    first: int = Field(0, ge=0, le=1_000_000)
+    uses: Count = 200
 
     @model_validator(mode="after")
     def _some_are_left(self):
         if self.first >= self.n:
             raise ConfigError(f"first: {self.first} leaves none of {self.n} procedures")
+        if self.n * self.uses > MOST_USES:
+            raise ConfigError(
+                f"uses: {self.uses:,} of {self.n:,} procedures are more than {MOST_USES:,} in all"
+            )
         return self
 
 
@@ -149,7 +156,7 @@ class BackgroundSection(Strict):
     """
 
     files: list[str] = Field(min_length=1)
-    length: int = Field(64, ge=2)
-    batch_size: int = Field(8, ge=1)
-    neighbours: int = Field(0, ge=0)
-    weight: float = Field(1.0, gt=0)
+    length: Tokens = Field(64, ge=2)
+    batch_size: Count = 8
+    neighbours: int = Field(0, ge=0, le=1_000_000)
+    weight: Scale = 1.0

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Literal
 
 from pydantic import Field
 
 from memlayers.config import Strict
+from memlayers.limits import Beta, Count, Epsilon, Rate, Steps, Tokens, Weight
 
 
 class ValuesSection(Strict):
@@ -22,11 +23,11 @@ class ValuesSection(Strict):
         weight_decay: acts on a row when it is read.
     """
 
-    learning_rate: float = Field(1e-3, gt=0)
+    learning_rate: Rate = 1e-3
     state: Literal["float32", "bfloat16", "row"] = "float32"
-    betas: list[Annotated[float, Field(ge=0, lt=1)]] = Field([0.9, 0.999], min_length=2, max_length=2)
-    eps: float = Field(1e-8, gt=0)
-    weight_decay: float = Field(0.0, ge=0)
+    betas: list[Beta] = Field([0.9, 0.999], min_length=2, max_length=2)
+    eps: Epsilon = 1e-8
+    weight_decay: Weight = 0.0
 
 
 class OptimizerSection(Strict):
@@ -45,12 +46,12 @@ class OptimizerSection(Strict):
     """
 
     type: Literal["adamw"] = "adamw"
-    learning_rate: float = Field(1e-3, gt=0)
-    base_learning_rate: float | None = Field(None, gt=0)
-    lora_learning_rate: float | None = Field(None, gt=0)
-    weight_decay: float = Field(0.0, ge=0)
-    betas: list[float] = Field([0.9, 0.999], min_length=2, max_length=2)
-    eps: float = Field(1e-8, gt=0)
+    learning_rate: Rate = 1e-3
+    base_learning_rate: Rate | None = None
+    lora_learning_rate: Rate | None = None
+    weight_decay: Weight = 0.0
+    betas: list[Beta] = Field([0.9, 0.999], min_length=2, max_length=2)
+    eps: Epsilon = 1e-8
     fused: bool = True
     values: ValuesSection | None = None
 
@@ -68,11 +69,11 @@ class SparseFinetuningSection(Strict):
         n_batches: batches that are read before training begins.
     """
 
-    top_t: int = Field(500, ge=1)
+    top_t: Steps = 500
     files: list[str] = Field(min_length=1)
-    length: int = Field(64, ge=2)
-    batch_size: int = Field(1, ge=1)
-    n_batches: int = Field(1000, ge=1)
+    length: Tokens = Field(64, ge=2)
+    batch_size: Count = 1
+    n_batches: Count = 1000
 
 
 class ScheduleSection(Strict):
@@ -84,4 +85,4 @@ class ScheduleSection(Strict):
     """
 
     type: Literal["constant", "linear", "cosine"] = "constant"
-    warmup_steps: int = Field(0, ge=0)
+    warmup_steps: int = Field(0, ge=0, le=1_000_000_000)

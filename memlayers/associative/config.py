@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import Field
 
 from ..config import MemoryConfig
+from ..limits import Layer, Part, Tokens, Width
 
 
 class AssociativeMemoryConfig(MemoryConfig):
@@ -27,14 +28,14 @@ class AssociativeMemoryConfig(MemoryConfig):
     """
 
     type: Literal["associative"] = "associative"
-    n_tokens: int = Field(16, ge=1)
-    segment_length: int = Field(512, ge=1)
-    layers: list[int] | None = Field(None, min_length=1)
-    key_dim: int = Field(64, ge=1)
-    nu: int = Field(3, ge=1)
+    n_tokens: Part = 16
+    segment_length: Tokens = 512
+    layers: list[Layer] | None = Field(None, min_length=1)
+    key_dim: Width = 64
+    nu: Part = 3
     normalize: bool = True
     correction: bool = True
-    bptt_segments: int | None = Field(None, ge=1)
+    bptt_segments: Tokens | None = None
     write_while_decoding: bool = False
 
     @property

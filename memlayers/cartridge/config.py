@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
-
 from ..config import MemoryConfig
+from ..limits import Width
 from ..writing import WriterSection
 
 
@@ -23,6 +22,6 @@ class CartridgeConfig(MemoryConfig):
     """
 
     type: Literal["cartridge"] = "cartridge"
-    n_tokens: int = Field(64, ge=1)
+    n_tokens: Width = 64
     start: Literal["learned", "prompt", "text"] = "text"
     writer: WriterSection = WriterSection()

@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import Field
 
 from ..config import Strict
+from ..limits import Count, Rate, Scale, Seed, Tokens
 
 
 class LoRABankConfig(Strict):
@@ -24,11 +25,11 @@ class LoRABankConfig(Strict):
         temperature: the shards that are mixed weigh as the softmax of their scores / temperature.
     """
 
-    steps: int = Field(100, ge=0)
-    learning_rate: float = Field(5e-3, gt=0)
-    batch_size: int = Field(8, ge=1)
-    segment_length: int = Field(128, ge=1)
-    seed: int = Field(0, ge=0)
+    steps: int = Field(100, ge=0, le=1_000_000)
+    learning_rate: Rate = 5e-3
+    batch_size: Count = 8
+    segment_length: Tokens = 128
+    seed: Seed = 0
     router: Literal["input", "output"] = "input"
-    router_length: int = Field(32, ge=1)
-    temperature: float = Field(0.01, gt=0)
+    router_length: Tokens = 32
+    temperature: Scale = 0.01

@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import Field
 
 from ..config import MemoryConfig
+from ..limits import Layer, Scale, Width
 from ..writing import WriterSection
 
 
@@ -22,8 +23,8 @@ class LoRAMemoryConfig(MemoryConfig):
     """
 
     type: Literal["lora"] = "lora"
-    r: int = Field(16, ge=1)
-    lora_alpha: float = Field(32.0, gt=0)
+    r: Width = 16
+    lora_alpha: Scale = 32.0
     target_modules: list[str] | None = Field(None, min_length=1)
-    layers: list[int] | None = Field(None, min_length=1)
+    layers: list[Layer] | None = Field(None, min_length=1)
     writer: WriterSection = WriterSection()

@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from ..config import ConfigError, MemoryConfig
+from ..limits import Bias, Layer, Part, Rate, Tokens, Width
 from .rules import RULES, Rule
 
 
@@ -54,29 +55,29 @@ class NeuralMemoryConfig(MemoryConfig):
     """
 
     type: Literal["neural"] = "neural"
-    layers: list[int] | None = Field(None, min_length=1)
+    layers: list[Layer] | None = Field(None, min_length=1)
     placement: Literal["mac", "mag", "mal"] = "mag"
     rule: Literal["titans", "ttt", "delta", "atlas", "decay"] = "titans"
-    depth: int = Field(1, ge=1)
-    expansion: int = Field(4, ge=1)
-    heads: int = Field(4, ge=1)
-    head_dim: int | None = Field(None, ge=1)
-    chunk_size: int = Field(64, ge=1)
-    conv_kernel: int = Field(4, ge=1)
+    depth: Part = 1
+    expansion: Part = 4
+    heads: Part = 4
+    head_dim: Width | None = None
+    chunk_size: Width = 64
+    conv_kernel: Part = 4
     momentum: bool = True
     decay: bool = True
-    window: int | None = Field(None, ge=1)
-    theta_max: float | None = Field(None, gt=0)
-    theta_bias: float | None = None
-    eta_bias: float = 2.2
-    alpha_bias: float | None = None
+    window: Width | None = None
+    theta_max: Rate | None = None
+    theta_bias: Bias | None = None
+    eta_bias: Bias = 2.2
+    alpha_bias: Bias | None = None
     initial_memory: Literal["learned", "zero"] = "learned"
     mimetic: bool = False
-    n_persistent_tokens: int = Field(0, ge=0)
+    n_persistent_tokens: int = Field(0, ge=0, le=4096)
     gate: bool = True
-    segment_length: int | None = Field(None, ge=1)
-    sliding_window: int | None = Field(None, ge=1)
-    bptt_segments: int | None = Field(None, ge=1)
+    segment_length: Tokens | None = None
+    sliding_window: Tokens | None = None
+    bptt_segments: Tokens | None = None
     write_while_decoding: bool = False
 
     @model_validator(mode="after")

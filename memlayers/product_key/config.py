@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from ..config import ConfigError, MemoryConfig
+from ..limits import Bias, Layer, Part, Width
 
 
 class ProductKeyMemoryConfig(MemoryConfig):
@@ -41,18 +42,18 @@ class ProductKeyMemoryConfig(MemoryConfig):
     """
 
     type: Literal["product_key"] = "product_key"
-    layers: list[int] | None = Field(None, min_length=1)
-    n_keys: int = Field(256, ge=1)
-    heads: int = Field(4, ge=1)
-    top_k: int = Field(32, ge=1)
-    key_dim: int = Field(128, ge=2)
-    value_dim: int | None = Field(None, ge=1)
+    layers: list[Layer] | None = Field(None, min_length=1)
+    n_keys: Width = 256
+    heads: Part = 4
+    top_k: Part = 32
+    key_dim: Width = Field(128, ge=2)
+    value_dim: Width | None = None
     placement: Literal["beside", "replace"] = "beside"
     share_values: bool = True
     qk_norm: bool = True
     score: Literal["softmax", "sigmoid", "relu"] = "softmax"
     gate: Literal["none", "silu", "learned"] = "silu"
-    gate_bias: float = -2.0
+    gate_bias: Bias = -2.0
     value_proj: bool = True
     dropout: float = Field(0.0, ge=0, lt=1)
     key_init: Literal["uniform", "normal"] = "uniform"

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, Literal
+from typing import Literal
 
 from pydantic import Field, model_validator
 
 from ..config import ConfigError, MemoryConfig
+from ..limits import MOST_TOKENS, Part, Tokens
 
 
 class ReversibleMemoryConfig(MemoryConfig):
@@ -27,19 +28,24 @@ class ReversibleMemoryConfig(MemoryConfig):
     """
 
     type: Literal["reversible"] = "reversible"
-    n_tokens: int = Field(4, ge=1)
-    ratios: list[Annotated[int, Field(ge=1)]] = Field([8], min_length=1)
-    depth: int = Field(4, ge=2)
-    heads: int = Field(8, ge=1)
-    expansion: int = Field(4, ge=1)
+    n_tokens: Part = 4
+    ratios: list[Part] = Field([8], min_length=1, max_length=16)
+    depth: int = Field(4, ge=2, le=256)
+    heads: Part = 8
+    expansion: Part = 4
     backwards: Literal["inverse", "separate"] = "inverse"
-    bptt_segments: int | None = Field(None, ge=1)
+    bptt_segments: Tokens | None = None
     write_while_decoding: bool = False
 
     @model_validator(mode="after")
     def _fits_together(self):
         if self.backwards == "separate" and self.depth % 2:
             raise ConfigError(f"depth: {self.depth} couplings have no halves; backwards 'separate' needs two")
+        if self.segment_length > MOST_TOKENS:
+            raise ConfigError(
+                f"ratios: with {self.n_tokens} tokens they make a segment of {self.segment_length:,} text tokens, at most "
+                f"{MOST_TOKENS:,} are taken"
+            )
         return self
 
     @property

@@ -22,6 +22,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from memlayers.config import Strict
+from memlayers.limits import Count, Seed
 from memlayers.tasks.fact_words import INITIALS, REAL_WORDS, RELATIONS, SYLLABLES
 from memlayers.tasks.haystack import Question
 from memlayers.tasks.spelling import Speller
@@ -46,12 +47,12 @@ class FactsConfig(Strict):
     """
 
     type: Literal["facts"] = "facts"
-    n_facts: int = Field(2000, ge=1)
-    n_later: int = Field(500, ge=0)
-    n_neighbours: int = Field(500, ge=0)
+    n_facts: Count = 2000
+    n_later: int = Field(500, ge=0, le=1_000_000)
+    n_neighbours: int = Field(500, ge=0, le=1_000_000)
     facts_per_subject: int = Field(1, ge=1, le=len(RELATIONS))
     n_paraphrases: int = Field(N_TRAINED, ge=1, le=N_TRAINED)
-    seed: int = Field(0, ge=0)
+    seed: Seed = 0
 
     @model_validator(mode="after")
     def _enough_names(self) -> FactsConfig:

@@ -24,6 +24,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from memlayers.config import ConfigError, Strict
+from memlayers.limits import Count, Part, Scale, Tokens
 from memlayers.tasks.haystack import Question, Sample
 from memlayers.tasks.kinds import Split
 from memlayers.tasks.spelling import Speller
@@ -44,14 +45,14 @@ class MqarConfig(Strict):
     """
 
     type: Literal["mqar"] = "mqar"
-    n_pairs: int | None = Field(None, ge=1)
-    tokens_per_pair: int | None = Field(None, ge=4)
-    n_queries: int | None = Field(None, ge=1)
-    question_length: int | None = Field(None, ge=2)
-    vocab_size: int | None = Field(None, ge=8)
+    n_pairs: Count | None = None
+    tokens_per_pair: Tokens | None = Field(None, ge=4)
+    n_queries: Count | None = None
+    question_length: Tokens | None = Field(None, ge=2)
+    vocab_size: Tokens | None = Field(None, ge=8)
     overwrite: float = Field(0.0, ge=0, le=1)
-    passes: int = Field(1, ge=1)
-    power_a: float = Field(0.01, gt=0)
+    passes: Part = 1
+    power_a: Scale = 0.01
     random_filler: bool = False
     bos: bool = True
 

@@ -19,6 +19,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from memlayers.config import Strict
+from memlayers.limits import MOST_TOKENS, Count
 from memlayers.tasks.haystack import Question, Sample
 from memlayers.tasks.kinds import PROBES, Kind, Split, draw
 from memlayers.tasks.passkey import check_prose, hide_or_explain, make_filler, stop_of
@@ -42,16 +43,16 @@ class NeedleConfig(Strict):
     key_type: Kind = "word"
     value_type: Kind = "number"
     digits: int = Field(7, ge=1, le=18)
-    n_keys: int = Field(1, ge=1)
-    n_values: int = Field(1, ge=1)
-    n_queries: int = Field(1, ge=1)
-    n_questions: int = Field(1, ge=1)
+    n_keys: Count = 1
+    n_values: Count = 1
+    n_queries: Count = 1
+    n_questions: Count = 1
     filler: Literal["noise", "prose", "needles"] = "noise"
     prose_file: str | None = None
     needle: str = " The secret {name} of {key} is {value}."
     question: str = " The secret {name} of {keys} is"
     question_many: str = " The secret {name}s of {keys} are"
-    avoid_tail: int = Field(0, ge=0)
+    avoid_tail: int = Field(0, ge=0, le=MOST_TOKENS)
 
     @model_validator(mode="after")
     def _check(self) -> NeedleConfig:

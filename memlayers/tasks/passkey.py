@@ -12,6 +12,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from memlayers.config import Strict
+from memlayers.limits import MOST_TOKENS
 from memlayers.tasks.filler import NoiseFiller, ProseFiller
 from memlayers.tasks.haystack import Question, Sample, hide
 from memlayers.tasks.kinds import PROBES, Kind, Split, draw
@@ -33,7 +34,7 @@ class PasskeyConfig(Strict):
     prose_file: str | None = None
     needle: str = " The pass key is {key}."
     question: str = " The pass key is"
-    avoid_tail: int = Field(0, ge=0)
+    avoid_tail: int = Field(0, ge=0, le=MOST_TOKENS)
 
     @model_validator(mode="after")
     def _check(self) -> PasskeyConfig:

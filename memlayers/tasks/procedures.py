@@ -25,6 +25,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from memlayers.config import ConfigError, Strict
+from memlayers.limits import Count, Part, Seed
 from memlayers.tasks.fact_words import SYLLABLES
 from memlayers.tasks.kinds import Split, split_of
 
@@ -46,16 +47,16 @@ class ProceduresConfig(Strict):
     """
 
     type: Literal["procedures"] = "procedures"
-    n_compositions: int = Field(72, ge=1)
-    n_compounds: int = Field(216, ge=0)
-    n_names: int = Field(192, ge=1)
-    n_known: int = Field(256, ge=1)
+    n_compositions: Count = 72
+    n_compounds: int = Field(216, ge=0, le=1_000_000)
+    n_names: Count = 192
+    n_known: Count = 256
     length: int = Field(4, ge=2, le=5)
     n_symbols: int = Field(6, ge=2, le=10)
-    n_orders: int = Field(12, ge=1)
-    n_maps: int = Field(24, ge=1)
-    n_name_words: int = Field(24, ge=2)
-    seed: int = Field(0, ge=0)
+    n_orders: Part = 12
+    n_maps: Part = 24
+    n_name_words: int = Field(24, ge=2, le=4096)
+    seed: Seed = 0
 
     @model_validator(mode="after")
     def _enough(self):

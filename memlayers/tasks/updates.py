@@ -20,6 +20,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from memlayers.config import ConfigError, Strict
+from memlayers.limits import Tokens
 from memlayers.tasks.filler import NoiseFiller
 from memlayers.tasks.haystack import Question, Sample
 from memlayers.tasks.kinds import Split
@@ -48,7 +49,7 @@ class UpdatesConfig(Strict):
     n_objects: int = Field(len(OBJECTS), ge=2, le=len(OBJECTS))
     updates: float = Field(0.5, ge=0, lt=1)
     repeats: float = Field(0.0, ge=0, lt=1)
-    statement_length: int = Field(8, ge=1)
+    statement_length: Tokens = 8
 
     @model_validator(mode="after")
     def _room_for_new_facts(self) -> UpdatesConfig:

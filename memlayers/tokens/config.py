@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import model_validator
 
 from ..config import ConfigError, MemoryConfig
+from ..limits import Layer, Part, Tokens, Width
 
 
 class MemoryTokensConfig(MemoryConfig):
@@ -36,14 +37,14 @@ class MemoryTokensConfig(MemoryConfig):
     """
 
     type: Literal["tokens"] = "tokens"
-    n_tokens: int = Field(16, ge=1)
-    segment_length: int = Field(512, ge=1)
+    n_tokens: Part = 16
+    segment_length: Tokens = 512
     mode: Literal["recurrent", "accumulate", "prefix"] = "recurrent"
     write_input: Literal["memory", "learned"] = "memory"
-    writer_dim: int | None = Field(None, ge=1)
+    writer_dim: Width | None = None
     projection: Literal["none", "norm", "linear"] = "norm"
-    write_layer: int = -1
-    bptt_segments: int | None = Field(None, ge=1)
+    write_layer: Layer = -1
+    bptt_segments: Tokens | None = None
     write_while_decoding: bool = False
 
     @model_validator(mode="after")

@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from ..config import ConfigError, Strict
+from ..limits import Count, Part, Rate, Scale, Seed, Tokens, Width
 
 
 class DistillSection(Strict):
@@ -23,10 +24,10 @@ class DistillSection(Strict):
         seed: of the draws; the same for all rows.
     """
 
-    continuations: int = Field(16, ge=1)
-    length: int = Field(128, ge=1)
-    batch: int | None = Field(None, ge=1)
-    seed: int = Field(0, ge=0)
+    continuations: Part = 16
+    length: Width = 128
+    batch: Part | None = None
+    seed: Seed = 0
 
     @model_validator(mode="after")
     def _fits_together(self):
@@ -58,17 +59,17 @@ class WriterSection(Strict):
             passes as in `fomaml`. None: all.
     """
 
-    steps: int = Field(4, ge=0)
-    learning_rate: float = Field(5e-3, gt=0)
+    steps: int = Field(4, ge=0, le=1_000_000)
+    learning_rate: Rate = 5e-3
     optimizer: Literal["adamw", "sgd"] = "adamw"
-    segment_length: int = Field(256, ge=1)
-    clip: float | None = Field(None, gt=0)
+    segment_length: Tokens = 256
+    clip: Scale | None = None
     distill: DistillSection | None = None
     streaming: bool = False
     learned_steps: bool = False
     token_weights: bool = False
     outer_gradient: Literal["maml", "fomaml", "reptile"] = "maml"
-    unroll: int | None = Field(None, ge=1)
+    unroll: Count | None = None
 
     @model_validator(mode="after")
     def _fits_together(self):

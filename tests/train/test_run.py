@@ -225,7 +225,8 @@ def test_weights_of_the_loss(config, fields, base, tmp_path):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(config, base):
-    run = config(optimizer={"learning_rate": 1e30}, clip=None, checkpoint_every=1, max_steps=20)
+    run = config(clip=None, checkpoint_every=1, max_steps=20)
+    run = run.model_copy(update={"optimizer": run.optimizer.model_copy(update={"learning_rate": 1e30})})
     with pytest.raises(TrainingError, match=r"step \d+: loss (nan|inf)"):
         train(run)
     newest = sorted((Path(run.output_dir) / "checkpoints").iterdir())[-1]
