@@ -5,12 +5,12 @@ from __future__ import annotations
 import copy
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import memlayers as ml
 from memlayers.checkpoint import CONFIG, folder_of, read_config
 from memlayers.eval.config import EvalConfig
 from memlayers.eval.plan import NO_MEMORY
+from memlayers.loading import first_line, load_causal_lm, load_tokenizer
 
 IN_MEMORY = "(in memory)"
 
@@ -41,7 +41,7 @@ class FromCheckpoint:
         names = [self.config.tokenizer] if self.config.tokenizer else own
         for name in names:
             try:
-                return AutoTokenizer.from_pretrained(name)
+                return load_tokenizer(name)
             except (OSError, ValueError, TypeError):
                 continue
         tried = ", ".join(repr(str(name)) for name in names)
@@ -110,10 +110,10 @@ class InMemory:
 def load_plain(name: str, dtype: str = "auto"):
     """The causal LM at `name`, a folder or hub id. Raises `FileNotFoundError` where it cannot be loaded."""
     try:
-        return AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
+        return load_causal_lm(name, dtype=dtype)
     except (OSError, ValueError) as error:
         raise FileNotFoundError(
-            f"the checkpoint {str(name)!r} cannot be loaded ({str(error).splitlines()[0]}); name it with model=, "
+            f"the checkpoint {str(name)!r} cannot be loaded ({first_line(error)}); name it with model=, "
             "or base= for the base of a wrapped one."
         ) from None
 

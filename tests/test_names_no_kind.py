@@ -21,7 +21,7 @@ ROOMS = ("kernels", "train", "eval")
 """Folders beside the package that are parts of it."""
 KIND_ROOMS = sorted({kind.__module__.split(".")[1] for kinds in KINDS.values() for kind in kinds})
 
-GROUND = {"config", "errors", "files", "limits", "version"}
+GROUND = {"config", "errors", "files", "limits", "loading", "version"}
 CORE = GROUND | {"kernels", "core"}
 KIND = {"config", "files", "limits", "core", "kernels", "writing"}
 ATTACHED = CORE | {"adapters", "optim", "tasks", "writing", "kinds", *KIND_ROOMS}

@@ -8,7 +8,6 @@ import torch
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -17,6 +16,7 @@ import memlayers as ml
 from memlayers.checkpoint import CONFIG
 from memlayers.config import ConfigError
 from memlayers.core.model import reach, stateful, written_by_gradient
+from memlayers.loading import first_line, load_causal_lm, load_tokenizer
 
 from .config import LossSection, ModelSection, TrainConfig
 from .kinds import does, that_do
@@ -100,18 +100,18 @@ def _load(section: ModelSection) -> PreTrainedModel:
         fields = dict(section.config)
         try:
             return AutoModelForCausalLM.from_config(
-                AutoConfig.for_model(fields.pop("model_type"), **fields), dtype=dtype
+                AutoConfig.for_model(fields.pop("model_type"), **fields), dtype=dtype, trust_remote_code=False
             )
         except (ValueError, TypeError) as error:
             raise ConfigError(f"model.config: {error}") from None
     if (Path(section.path) / CONFIG).is_file():
         return ml.load(section.path, dtype=dtype)
     try:
-        return AutoModelForCausalLM.from_pretrained(section.path, dtype=dtype)
+        return load_causal_lm(section.path, dtype=dtype)
     except (OSError, ValueError) as error:
         raise FileNotFoundError(
             f"model.path: {section.path!r} is not a folder with a causal language model, nor can such a model be "
-            f"fetched from the hub ({str(error).splitlines()[0]})"
+            f"fetched from the hub ({first_line(error)})"
         ) from None
 
 
@@ -119,11 +119,11 @@ def _tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
     source = section.tokenizer or section.path
     for folder in (source, str(Path(source) / "base")):
         try:
-            return AutoTokenizer.from_pretrained(folder)
+            return load_tokenizer(folder)
         except (OSError, ValueError) as failure:
             error = failure
     field = "model.tokenizer" if section.tokenizer else "model.path"
-    raise FileNotFoundError(f"{field}: no tokenizer at {source!r} ({str(error).splitlines()[0]})")
+    raise FileNotFoundError(f"{field}: no tokenizer at {source!r} ({first_line(error)})")
 
 
 def _inject_lora(model: PreTrainedModel, config: TrainConfig) -> None:

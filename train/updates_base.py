@@ -19,8 +19,9 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 
+from memlayers.loading import load_tokenizer
 from memlayers.tasks import UpdatesConfig, make_task, rng_for
 
 WIDTH, HEADS, THETA = 64, 2, 1e5
@@ -100,7 +101,7 @@ def main() -> None:
     torch.manual_seed(args.seed)
     lengths, started = random.Random(args.seed), time.process_time()
 
-    tokenizer = AutoTokenizer.from_pretrained("memlayers/demo/base")
+    tokenizer = load_tokenizer("memlayers/demo/base")
     text = torch.tensor(tokenizer(args.text.read_text(encoding="utf-8"), verbose=False).input_ids)
     # Statements that say again what is so have an answer inside the history.
     kinds = ({"updates": 0.2, "repeats": 0.5}, {"updates": 0.5, "repeats": 0.2})

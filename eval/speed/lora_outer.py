@@ -13,10 +13,10 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import memlayers as ml
 from memlayers.eval.speed.timing import peak_memories, percentiles, time_rounds
+from memlayers.loading import load_causal_lm, load_tokenizer
 from memlayers.tasks import PasskeyConfig, make_task, rng_for
 
 BASE = Path(ml.__file__).parent / "demo" / "base"
@@ -31,7 +31,7 @@ WRITER = {
 
 def passkeys(batch: int, length: int, device: str) -> tuple[torch.Tensor, torch.Tensor, int]:
     """Contexts (batch, tokens), questions with answers (batch, tokens), and the tokens of an answer."""
-    tokenizer = AutoTokenizer.from_pretrained(BASE)
+    tokenizer = load_tokenizer(BASE)
     task = make_task(PasskeyConfig(digits=5, filler="noise"), tokenizer)
     samples = [task.sample(rng_for("train", 0, item), length) for item in range(batch)]
     asked = [(*s.questions[0].ids, *s.questions[0].answer_ids) for s in samples]
@@ -43,7 +43,7 @@ def outer_step(writer: dict, r: int, batch: int, length: int, device: str) -> Ca
     """A function that does one step, all but the optimizer's, and gives the model with its gradients. `writer`: fields
     that differ from `WRITER`."""
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_pretrained(BASE)
+    model = load_causal_lm(BASE)
     config = ml.LoRAMemoryConfig(r=r, lora_alpha=r, writer={**WRITER, **writer})
     ml.attach(model, config, name="notes")
     model.to(device).train().requires_grad_(True)

@@ -31,6 +31,7 @@ import memlayers as ml
 from memlayers.core.model import decoder_of
 from memlayers.eval.speed.timing import where
 from memlayers.files import write_text
+from memlayers.loading import load_causal_lm
 
 WARM_UP = 10_000
 """Tokens after which memory should not grow any more."""
@@ -58,7 +59,7 @@ def load_base(path: str | None) -> tuple[PreTrainedModel, str]:
     """The base and what to call it: a given one, the embedded demo base, or a tiny random Llama."""
     embedded = Path(ml.__file__).parent / "demo" / "base"
     if path or (embedded / "config.json").is_file():
-        model = AutoModelForCausalLM.from_pretrained(path or embedded)
+        model = load_causal_lm(path or embedded)
         return model, path or "memlayers/demo/base"
     torch.manual_seed(0)
     config = LlamaConfig(

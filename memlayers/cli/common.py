@@ -12,9 +12,6 @@ import typer
 
 Debug = Annotated[bool, typer.Option("--debug", help="On an error, show the traceback too.")]
 
-# Errors that say in one paragraph what the user can do. Anything else is a defect, and is called one.
-EXPECTED = (ValueError, TypeError, OSError, KeyError, IndexError, NotImplementedError, ImportError)
-
 
 def command(function: Callable[..., Any]) -> Callable[..., Any]:
     """Turns every error of a command into one paragraph on stderr and exit code 1; `--debug` raises it."""
@@ -42,13 +39,11 @@ def show(error: Exception) -> None:
     from rich.panel import Panel
     from rich.text import Text
 
-    text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
-    ours = type(error).__module__.startswith("memlayers.")
-    if not (ours or isinstance(error, EXPECTED)):
-        text = f"{type(error).__name__}: {text}. This is a defect of memlayers or of a library under it."
+    from memlayers.errors import paragraph
+
     Console(stderr=True).print(
         Panel(
-            Text(text.strip() or type(error).__name__),
+            Text(paragraph(error)),
             title="error",
             title_align="left",
             subtitle="--debug shows the traceback",
@@ -71,17 +66,16 @@ def load_base(base: str):
 
     Raises `FileNotFoundError` naming `base` where neither a folder nor the hub has it.
     """
-    from transformers import AutoModelForCausalLM
+    from memlayers.loading import first_line, load_causal_lm
 
     folder = Path(base)
     source = str(folder.resolve()) if folder.is_dir() else base
     try:
-        return AutoModelForCausalLM.from_pretrained(source)
+        return load_causal_lm(source)
     except (OSError, ValueError) as error:
-        told = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise FileNotFoundError(
             f"{base}: no causal language model can be loaded from there. Give a folder in the Hugging Face "
-            f"format or a hub id. transformers says: {told}"
+            f"format or a hub id. What was found: {first_line(error)}"
         ) from error
 
 

@@ -113,6 +113,7 @@ def read_text(model, folder: str, text: Path) -> dict:
     from accelerate.utils import tqdm
 
     import memlayers as ml
+    from memlayers import files
     from memlayers.core.usage import track_usage
     from memlayers.train.kinds import that_do
 
@@ -120,7 +121,7 @@ def read_text(model, folder: str, text: Path) -> dict:
         raise ValueError(
             f"{folder} has no memory of kind {that_do('readers')}, so there are no slots to count"
         )
-    words = text.read_text(encoding="utf-8")
+    words = files.read_text(text)
     ids = torch.tensor(tokenizer_of(model, folder)(words, verbose=False)["input_ids"])
     if not words.strip():
         raise ValueError(f"{text} is empty")
@@ -132,11 +133,11 @@ def read_text(model, folder: str, text: Path) -> dict:
 
 def tokenizer_of(model, folder: str):
     """The tokenizer beside the memory, else that of its base."""
-    from transformers import AutoTokenizer
+    from memlayers.loading import load_tokenizer
 
     for source in (folder, f"{folder}/base", model.config._name_or_path):
         try:
-            return AutoTokenizer.from_pretrained(source)
+            return load_tokenizer(source)
         except (OSError, ValueError):
             continue
     raise FileNotFoundError(f"no tokenizer in {folder} or its base {model.config._name_or_path!r}")

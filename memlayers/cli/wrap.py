@@ -54,6 +54,7 @@ def wrap(
     from memlayers.cli.inspect import table
     from memlayers.config import ConfigError, Strict
     from memlayers.kinds import AnyMemoryConfig
+    from memlayers.loading import load_tokenizer
     from memlayers.yaml_config import load_yaml
 
     class WrapConfig(Strict):
@@ -70,9 +71,7 @@ def wrap(
         ml.attach(model, block, name=name)
     ml.save(model, out, save_base=save_base)
     if save_base:
-        from transformers import AutoTokenizer
-
-        AutoTokenizer.from_pretrained(base).save_pretrained(out / "base")
+        load_tokenizer(base).save_pretrained(out / "base")
     console = Console()
     console.print(table(model))
     console.print(f"wrote {out}", soft_wrap=True)
