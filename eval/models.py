@@ -8,9 +8,10 @@ import torch
 
 import memlayers as ml
 from memlayers.checkpoint import CONFIG, folder_of, read_config
+from memlayers.errors import first_line
 from memlayers.eval.config import EvalConfig
 from memlayers.eval.plan import NO_MEMORY
-from memlayers.loading import first_line, load_causal_lm, load_tokenizer
+from memlayers.loading import load_causal_lm, load_tokenizer
 
 IN_MEMORY = "(in memory)"
 

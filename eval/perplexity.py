@@ -19,6 +19,7 @@ from scipy import stats
 import memlayers as ml
 from memlayers.config import Strict
 from memlayers.core.model import max_positions, reach
+from memlayers.files import read_text
 from memlayers.limits import Count
 from memlayers.tasks.filler import TRAIN_SHARE, split_sentences
 
@@ -46,7 +47,7 @@ def unseen_prose(config: PerplexityConfig, tokenizer, window: int) -> torch.Tens
     path = Path(config.file)
     if not path.is_file():
         raise FileNotFoundError(f"perplexity.file: there is no file {config.file!r}")
-    sentences = split_sentences(path.read_text(encoding="utf-8"))
+    sentences = split_sentences(read_text(path))
     text = " ".join(sentences[round(len(sentences) * TRAIN_SHARE) :])
     ids = tokenizer(text, add_special_tokens=False, return_tensors="pt", verbose=False).input_ids[0]
     length = config.windows * window

@@ -30,8 +30,10 @@ from .core.model import (
     unwrap,
 )
 from .core.probe import probe
+from .core.size import check_size
 from .core.snapshot import Snapshot
 from .core.state import PENDING
+from .errors import first_line, says_no_memory
 from .kinds import module_class
 
 if TYPE_CHECKING:
@@ -84,6 +86,7 @@ def attach(
 
 def _attach(model, kind, config, name: str, before: Snapshot, freeze_base: bool, try_it: bool) -> Memory:
     try:
+        check_size(kind, config, model)
         memory = kind.for_model(config, model)
         if isinstance(memory, StatefulMemory):
             _check_schedule(model, name, memory)
@@ -91,8 +94,11 @@ def _attach(model, kind, config, name: str, before: Snapshot, freeze_base: bool,
         _put(model, memory.to(device_of(model)), name, freeze_base)
         if try_it:
             probe(model, name)
-    except BaseException:
+    except BaseException as error:
         before.restore()
+        if says_no_memory(error):
+            told = "this machine has not enough memory for it beside the model"
+            raise ConfigError(f"type: a memory of kind {config.type}: {told} ({first_line(error)})") from None
         raise
     return memory
 

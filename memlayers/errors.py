@@ -40,3 +40,8 @@ def paragraph(error: BaseException) -> str:
     if isinstance(error, EXPECTED) or type(error).__module__.partition(".")[0] in ("memlayers", "__main__"):
         return text or name
     return f"{name}: {text}. This is a defect of memlayers or of a library under it."
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says first, or what it is called."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

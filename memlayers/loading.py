@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .errors import says_no_memory
+from .errors import first_line, says_no_memory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -59,8 +59,3 @@ def _told(error: Exception) -> str:
     return (
         f"its files cannot be read, they are damaged or foreign ({type(error).__name__}: {first_line(error)})"
     )
-
-
-def first_line(error: BaseException) -> str:
-    """What an error says first, or what it is called."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -16,7 +16,8 @@ import memlayers as ml
 from memlayers.checkpoint import CONFIG
 from memlayers.config import ConfigError
 from memlayers.core.model import reach, stateful, written_by_gradient
-from memlayers.loading import first_line, load_causal_lm, load_tokenizer
+from memlayers.errors import first_line
+from memlayers.loading import load_causal_lm, load_tokenizer
 
 from .config import LossSection, ModelSection, TrainConfig
 from .kinds import does, that_do

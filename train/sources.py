@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import glob
-import json
 import random
 from collections.abc import Iterator, Sequence
 from itertools import islice
@@ -12,11 +11,13 @@ from pathlib import Path
 import datasets
 
 from memlayers.config import ConfigError
+from memlayers.limits import MOST_TOKENS
 from memlayers.tasks import FactsTask, ProceduresTask, rng_for
 
 from .config import DatasetData, FactsData, ProceduresData, TaskData, TextData, TrainConfig
 from .data import Batch, Example, ExampleSource, TaskSource, collate
 from .kinds import that_do
+from .texts import read_file, read_jsonl, text_ids
 
 
 def make_source(config: TrainConfig, tokenizer, window: int | None) -> Source:
@@ -53,9 +54,9 @@ def make_source(config: TrainConfig, tokenizer, window: int | None) -> Source:
         )
     paths = _expand(data.files)
     if isinstance(data, TextData):
-        table = datasets.Dataset.from_list([{"text": _read_text(path)} for path in paths])
+        table = datasets.Dataset.from_list([{"text": read_file(path)} for path in paths])
         return _packed(table, "text", data.length, tokenizer, batch_size, seed, "data.files")
-    lines = [line for path in paths for line in _read_jsonl(path)]
+    lines = read_jsonl(paths)
     if "text" in lines[0]:
         table = datasets.Dataset.from_list([{"text": line["text"]} for line in lines])
         return _packed(table, "text", data.length, tokenizer, batch_size, seed, "data.files")
@@ -65,6 +66,10 @@ def make_source(config: TrainConfig, tokenizer, window: int | None) -> Source:
 
 def _check_lengths(source: TaskSource, stages: list[int]) -> None:
     for stage in (stages[0], stages[-1]):
+        if stage * source.segment_length > MOST_TOKENS:
+            raise ConfigError(
+                f"data: {stage:,} segments of {source.segment_length:,} tokens are more than {MOST_TOKENS:,} in an item"
+            )
         try:
             source.task.sample(rng_for("train", 0, 0), max(stage, 1) * source.segment_length)
         except ValueError as error:
@@ -141,7 +146,7 @@ class StreamSource:
             table.set_epoch(epoch)
             before = epoch, len(rest)
             for row in table:
-                rest += _text_ids(self.tokenizer, row[self.data.text_field])
+                rest += text_ids(self.tokenizer, row[self.data.text_field])
                 while len(rest) >= self.data.length:
                     yield rest[: self.data.length]
                     rest, before = rest[self.data.length :], None
@@ -159,7 +164,7 @@ def _packed(
     """Tokenise `field`, put the texts end to end and cut them into pieces; the last, short one is dropped."""
 
     def pack(rows: dict) -> dict:
-        ids = [token for text in rows[field] for token in _text_ids(tokenizer, text)]
+        ids = [token for text in rows[field] for token in text_ids(tokenizer, text)]
         return {"ids": [ids[i : i + length] for i in range(0, len(ids) - length + 1, length)]}
 
     table = table.map(pack, batched=True, remove_columns=table.column_names, load_from_cache_file=False)
@@ -168,14 +173,6 @@ def _packed(
             f"{where}: holds less than one sequence of {length} tokens; give more text or a lower length"
         )
     return ExampleSource(PackedSequences(table), "W", batch_size, seed, has_accuracy=False)
-
-
-def _text_ids(tokenizer, text: str) -> list[int]:
-    """Tokens of a whole text, with the tokenizer's BOS, and EOS where it has one."""
-    ids = tokenizer(text, verbose=False)["input_ids"]
-    if tokenizer.eos_token_id is not None and (not ids or ids[-1] != tokenizer.eos_token_id):
-        ids = [*ids, tokenizer.eos_token_id]
-    return ids
 
 
 def _question_line(line: dict, tokenizer, longest: int) -> Example:
@@ -198,39 +195,6 @@ def _expand(patterns: list[str]) -> list[str]:
             raise ConfigError(f"data.files.{place}: no file matches {pattern!r}")
         paths += found
     return paths
-
-
-def _read_text(path: str) -> str:
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"data.files: {path} is not UTF-8 text ({error})") from None
-    if not text.strip():
-        raise ConfigError(f"data.files: {path} is empty")
-    return text
-
-
-def _read_jsonl(path: str) -> list[dict]:
-    """The lines of a file; all have `text`, or all have `context`, `question` and `answer`, and all are strings."""
-    lines = []
-    for number, raw in enumerate(_read_text(path).splitlines(), start=1):
-        if not raw.strip():
-            continue
-        try:
-            line = json.loads(raw)
-        except json.JSONDecodeError as error:
-            raise ConfigError(f"data.files: {path}, line {number} is not JSON ({error})") from None
-        fields = ["text"] if isinstance(line, dict) and "text" in line else ["context", "question", "answer"]
-        if not isinstance(line, dict) or not all(isinstance(line.get(f), str) and line[f] for f in fields):
-            raise ConfigError(
-                f"data.files: {path}, line {number} needs the field text, or context, question and answer, as strings"
-            )
-        lines.append({f: line[f] for f in fields})
-        if lines[0].keys() != lines[-1].keys():
-            raise ConfigError(
-                f"data.files: {path}, line {number} has other fields than line 1; keep one kind a file"
-            )
-    return lines
 
 
 def _open_dataset(data: DatasetData):

@@ -75,8 +75,9 @@ def keys_shapes(model: nn.Module) -> dict[int, tuple[int, int, int]]:
     Raises:
         ConfigError: a layer that reads the keys of another one.
     """
-    one = torch.zeros(1, 1, dtype=torch.int64)
-    fields = keys_and_values(model, one, one == 0, 1, differentiable=False)
+    with torch.device(device_of(model)):  # also where a memory is only counted, see `core.size`
+        one = torch.zeros(1, 1, dtype=torch.int64)
+        fields = keys_and_values(model, one, one == 0, 1, differentiable=False)
     numbers = [int(field.split(".")[1]) for field in fields if field.endswith(".keys")]
     return {
         i: (*fields[f"layers.{i}.keys"].shape[2:], fields[f"layers.{i}.values"].shape[-1]) for i in numbers

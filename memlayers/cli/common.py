@@ -66,7 +66,8 @@ def load_base(base: str):
 
     Raises `FileNotFoundError` naming `base` where neither a folder nor the hub has it.
     """
-    from memlayers.loading import first_line, load_causal_lm
+    from memlayers.errors import first_line
+    from memlayers.loading import load_causal_lm
 
     folder = Path(base)
     source = str(folder.resolve()) if folder.is_dir() else base

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import psutil
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -14,6 +13,7 @@ from memlayers.kernels.weighted_gather import weighted_gather
 
 from ..config import ConfigError
 from ..core.linear import Linear
+from ..core.size import check_fits
 from .config import ProductKeyMemoryConfig
 from .usage import SlotUsage
 
@@ -181,12 +181,10 @@ def new_values(config: ProductKeyMemoryConfig, hidden_size: int) -> nn.Parameter
         ConfigError: it would not fit into memory; says its bytes, and nothing was allocated.
     """
     width = value_width(config, hidden_size)
-    need, free = 4 * config.n_keys**2 * width, psutil.virtual_memory().available
-    if need > free:
-        raise ConfigError(
-            f"n_keys: a table of {config.n_keys}² = {config.n_keys**2:,} slots of {width} takes {need:,} bytes, "
-            f"{free:,} are free; lower n_keys or value_dim"
-        )
+    check_fits(
+        4 * config.n_keys**2 * width,
+        f"n_keys: lower it or value_dim: a table of {config.n_keys}² = {config.n_keys**2:,} slots of {width}",
+    )
     values = nn.Parameter(torch.empty(config.n_keys**2, width))
     if config.value_init == "zero":
         nn.init.zeros_(values)

@@ -6,6 +6,7 @@ import random
 import re
 from pathlib import Path
 
+from memlayers.files import read_text
 from memlayers.tasks.kinds import SPANS, Split
 from memlayers.tasks.spelling import Speller
 from memlayers.tasks.words import NOISE_SENTENCES
@@ -37,7 +38,7 @@ class ProseFiller:
     Training reads the first 80 % of the sentences and evaluation the last 20 %. Sentences in which an answer
     of one of `kinds` could stand (for numbers: any digit) and sentences the tokenizer has no tokens for are
     left out. Raises `FileNotFoundError` for a missing file, and `ValueError` for one without usable
-    sentences.
+    sentences or that is no UTF-8.
     """
 
     def __init__(self, speller: Speller, path: str | Path, split: Split, kinds: set[str]) -> None:
@@ -46,7 +47,7 @@ class ProseFiller:
             raise FileNotFoundError(
                 f"prose_file: there is no file {str(path)!r}. Give the path of a plain text file."
             )
-        sentences = split_sentences(path.read_text(encoding="utf-8"))
+        sentences = split_sentences(read_text(path))
         cut = round(len(sentences) * TRAIN_SHARE)
         part = sentences[:cut] if split == "train" else sentences[cut:]
         part = [s for s in part if not any(SPANS[kind].search(s) for kind in kinds)]
