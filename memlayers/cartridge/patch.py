@@ -7,7 +7,7 @@ from torch import nn
 
 from ..config import ConfigError
 from ..core.hooks import PartHook, checkpoint_safe
-from ..core.memory import LayerMemory
+from ..core.memory import LayerMemory, check_field, check_range
 from ..core.model import (
     attention_of,
     cache_name,
@@ -165,18 +165,21 @@ class Cartridge(LayerMemory):
     def check_state(self, fields: Fields, name: str) -> None:
         layers = {f"layers.{i}.{part}" for i in self.at_layers for part in self.widths}
         expected, first = {"length", *layers}, f"layers.{self.at_layers[0]}.keys"
-        places = fields[first].shape[1:2] if first in fields else None
-        for field in sorted(set(fields) | expected):
-            tensor = fields.get(field)
-            width = self.widths.get(field.rpartition(".")[2])
-            shape = (*places, self.heads, width) if places and field != "length" else ()
-            if field not in expected or tensor is None or tuple(tensor.shape[1:]) != shape:
-                told = "is missing" if tensor is None else f"has shape {tuple(tensor.shape)}"
-                raise ValueError(
-                    f"memory {name!r}: field {field!r} of the state {told}; this memory has keys and values of "
-                    f"{len(self.at_layers)} layers, (batch, places, {self.heads}, {self.widths['keys']}), and length; the "
-                    "state was written by another memory"
-                )
+        if odd := sorted(set(fields) ^ expected):
+            raise ValueError(
+                f"memory {name!r}: field {odd[0]!r} of the state is {'one too much' if odd[0] in fields else 'missing'}; this "
+                f"memory has keys and values of {len(self.at_layers)} layers, and length; the state was written by another "
+                "memory"
+            )
+        check_field(name, "length", fields["length"], ("batch",), torch.int64)
+        places = fields[first].shape[1] if fields[first].dim() == 4 else None
+        for field in sorted(layers):
+            shape = ("batch", places, self.heads, self.widths[field.rpartition(".")[2]])
+            check_field(name, field, fields[field], shape, torch.float32)
+
+    def check_numbers(self, fields: Fields, name: str) -> None:
+        places = fields[f"layers.{self.at_layers[0]}.keys"].shape[1]
+        check_range(name, "length", fields["length"], places)
 
 
 class _Base:

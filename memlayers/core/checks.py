@@ -10,7 +10,7 @@ from torch import nn
 from transformers.cache_utils import Cache
 
 from .call import Block, Call
-from .memory import Memory, StatefulMemory
+from .memory import Memory, StatefulMemory, check_field, check_range
 from .model import has_position_table, max_positions
 from .state import PENDING, MemoryCache, MemoryState
 
@@ -94,18 +94,43 @@ def check_state(reading: dict[str, StatefulMemory], state: MemoryState | None, b
         have = sorted(set(state.fields) - {PENDING})
         raise ValueError(f"the memory state belongs to memories {have}, this model reads {sorted(reading)}")
     for name, memory in reading.items():
-        kind = state.kinds.get(name, memory.state_kind)
-        if kind != memory.state_kind:
-            raise ValueError(
-                f"memory {name!r}: the state is one of kind {kind}, memory {name!r} is of kind {memory.state_kind}; it was "
-                "written by another memory"
-            )
-        memory.check_state(state[name], name)
-    if PENDING not in state.fields and any(m.schedule.kv == "drop" for m in reading.values()):
+        check_part(memory, state, name)
+    if any(m.schedule.kv == "drop" for m in reading.values()):
+        _check_pending(reading, state)
+    state.trusted |= {*reading, PENDING}
+
+
+def check_part(memory: StatefulMemory, state: MemoryState, name: str) -> None:
+    """Raise ValueError unless the part of `state` with this name is one of `memory`: its kind, its shapes and dtypes, and,
+    where the state came from outside, its numbers."""
+    kind = state.kinds.get(name, memory.state_kind)
+    if kind != memory.state_kind:
+        raise ValueError(
+            f"memory {name!r}: the state is one of kind {kind}, memory {name!r} is of kind {memory.state_kind}; it was "
+            "written by another memory"
+        )
+    memory.check_state(state[name], name)
+    if name not in state.trusted:
+        memory.check_numbers(state[name], name)
+
+
+def _check_pending(reading: Mapping[str, StatefulMemory], state: MemoryState) -> None:
+    """Raise ValueError unless the open segment is there: `embeds` (batch, tokens, width), `length` (batch,) int64, which
+    says how many of the tokens are in use."""
+    if PENDING not in state.fields:
         raise ValueError(
             f"the memory state has no {PENDING!r}, the tokens of the open segment of memories {sorted(reading)}; give "
             "the whole state that a call or ml.write returned"
         )
+    fields = state[PENDING]
+    if set(fields) != {"embeds", "length"}:
+        raise ValueError(
+            f"{PENDING!r} of the state has fields {sorted(fields)}, it needs embeds and length, the tokens of the open segment"
+        )
+    check_field(PENDING, "embeds", fields["embeds"], ("batch", None, "width"), torch.float32)
+    check_field(PENDING, "length", fields["length"], ("batch",), torch.int64)
+    if PENDING not in state.trusted:
+        check_range(PENDING, "length", fields["length"], fields["embeds"].shape[1])
 
 
 def check_width(call: Call, width: int) -> None:

@@ -22,7 +22,7 @@ from transformers.cache_utils import Cache
 from .call import BLOCK, Block, Call, holding
 from .checks import check_table, check_width
 from .masks import none_if_full, padding_first, positions_of, slide, sliding_masks, used_columns
-from .memory import LayerMemory, fresh_state
+from .memory import LayerMemory, check_field, fresh_state
 from .model import new_cache, text_config
 from .outputs import connected, joined, per_token
 from .schedule import Plan, take
@@ -126,6 +126,7 @@ def _fresh(call: Call, embeds: torch.Tensor) -> MemoryState:
 def _reading(call: Call, state, embeds, attention_mask, position_ids) -> Segments | OpenSegment | Blocks:
     if call.schedule.kv != "drop":
         return Blocks(call, state, embeds, attention_mask, position_ids)
+    check_field(PENDING, "embeds", state[PENDING]["embeds"], ("batch", None, embeds.shape[2]), embeds.dtype)
     fits = bool((state[PENDING]["length"] + call.mask.sum(1)).max() <= call.schedule.reach)
     window = call.cache.window
     goes_on = window is not None and not call.flush and (fits or not call.write)

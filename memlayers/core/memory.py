@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextvars import ContextVar
 from typing import TYPE_CHECKING
 
@@ -121,6 +121,8 @@ class StatefulMemory(Memory):
     write_layer: int | None = None
     n_extra_tokens: int = 0
     """Tokens that it adds to a block."""
+    grows: frozenset[str] = frozenset()
+    """Fields whose second dimension is not the same in every state."""
 
     @property
     def state_kind(self) -> str:
@@ -185,7 +187,8 @@ class StatefulMemory(Memory):
         raise NotImplementedError(f"{type(self).__name__} is written by forward calls")
 
     def check_state(self, fields: Fields, name: str) -> None:
-        """Raise ValueError when `fields` cannot be a state of this memory; names the memory and the field."""
+        """Raise ValueError when `fields` cannot be a state of this memory by its names, shapes and dtypes; names the memory
+        and the field. It reads no number, so that it may be called before each token."""
         expected = self.new_state(1)
         if set(fields) != set(expected):
             raise ValueError(
@@ -193,12 +196,14 @@ class StatefulMemory(Memory):
                 "it was written by another memory"
             )
         for field, tensor in expected.items():
-            got = fields[field]
-            if got.dim() != tensor.dim() or (tensor.dim() > 1 and got.shape[-1] != tensor.shape[-1]):
-                raise ValueError(
-                    f"memory {name!r}: field {field!r} of the state has shape {tuple(got.shape)}, "
-                    f"this memory needs (batch, ...) like {tuple(tensor.shape)}; it was written by another memory"
-                )
+            shape = ["batch", *tensor.shape[1:]]
+            if field in self.grows:
+                shape[1] = None
+            check_field(name, field, fields[field], shape, tensor.dtype)
+
+    def check_numbers(self, fields: Fields, name: str) -> None:
+        """Raise ValueError for numbers that no memory writes, such as a length of more than there is; names the memory, the
+        field and the number. For a state from outside, whose shapes `check_state` has passed."""
 
 
 class LayerMemory(StatefulMemory):
@@ -219,12 +224,50 @@ class LayerMemory(StatefulMemory):
         """Called with what the layer gave out, (batch, tokens, hidden_size); may write."""
 
 
+FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def check_field(
+    name: str, field: str, got: torch.Tensor, shape: Sequence[int | str | None], dtype: torch.dtype
+) -> None:
+    """Raise ValueError unless a field of a state has this shape, and numbers like those of `dtype`.
+
+    Args:
+        shape: (batch, ...); None and names stand for any number.
+        dtype: of floats all are taken, of others this one.
+    """
+    fits = got.dim() == len(shape) and all(
+        not isinstance(size, int) or size == found for size, found in zip(shape, got.shape, strict=True)
+    )
+    if not fits or (got.dtype not in FLOATS if dtype.is_floating_point else got.dtype != dtype):
+        sizes = got.shape if got.dim() == len(shape) else ["any"] * len(shape)
+        wanted = ", ".join(
+            str(s if isinstance(s, int) else any_) for s, any_ in zip(shape, sizes, strict=True)
+        )
+        raise ValueError(
+            f"memory {name!r}: field {field!r} of the state has shape {tuple(got.shape)} and numbers of {got.dtype}, this "
+            f"memory needs ({wanted}) of {'floats' if dtype.is_floating_point else dtype}; it was written by another memory"
+        )
+
+
+def check_range(name: str, field: str, got: torch.Tensor, most: int) -> None:
+    """Raise ValueError for whole numbers of a field of a state outside of 0 to `most`."""
+    outside = got[(got < 0) | (got > most)]
+    if outside.numel():
+        raise ValueError(
+            f"memory {name!r}: field {field!r} of the state says {outside[0].item()}, which can be 0 to {most}; the state is "
+            "damaged or was not written by a memory"
+        )
+
+
 def fresh_state(
     memories: Mapping[str, StatefulMemory], batch_size: int, pending: Mapping[str, Fields] | None = None
 ) -> MemoryState:
     """The state before anything was read; `pending` is what else it holds."""
     parts = {name: memory.new_state(batch_size) for name, memory in memories.items()}
-    return MemoryState({**parts, **(pending or {})}, {n: m.state_kind for n, m in memories.items()})
+    kinds = {n: m.state_kind for n, m in memories.items()}
+    parts.update(pending or {})
+    return MemoryState(parts, kinds, trusted=frozenset(parts))
 
 
 def append_rows(old: torch.Tensor, new: torch.Tensor, active: torch.Tensor) -> torch.Tensor:

@@ -8,15 +8,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch.utils import _pytree as pytree
 from transformers.cache_utils import Cache
 
-from ..files import write_tensors
+from ..files import DamagedFile, read_tensors, write_tensors
+from ..files.tensors import check_finite
+from ..files.texts import parse_json
 
 Fields = dict[str, torch.Tensor]
 """One memory's part of a `MemoryState`: batch-first tensors by name."""
-FORMAT = "memlayers.state.v1"
+FORMAT, WITHOUT_CHECKSUMS = "memlayers.state.v2", "memlayers.state.v1"
 PENDING = "pending"
 """Name under which a state keeps the tokens of the open segment: read, not yet written."""
 
@@ -32,10 +33,14 @@ class MemoryState:
     Attributes:
         fields: the tensors.
         kinds: which kind of memory wrote each part, by the memory's name; a part without one is taken on trust.
+        trusted: parts whose numbers were made by a memory, or looked at once by the one that reads them. Those of a file, or
+            made by hand, are not: their lengths could say anything. Shapes are looked at in every call, because that costs
+            nothing; numbers only in the first one, because it would make each step of decoding wait for the device.
     """
 
     fields: dict[str, Fields]
     kinds: dict[str, str] = field(default_factory=dict)
+    trusted: frozenset[str] = frozenset()
 
     def __post_init__(self):
         sizes = {t.shape[0] for part in self.fields.values() for t in part.values()}
@@ -52,11 +57,11 @@ class MemoryState:
 
     def _map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> MemoryState:
         parts = {n: {f: function(t) for f, t in part.items()} for n, part in self.fields.items()}
-        return MemoryState(parts, self.kinds)
+        return MemoryState(parts, self.kinds, self.trusted)
 
     def replace(self, parts: Mapping[str, Fields]) -> MemoryState:
         """The state with other fields for some memories."""
-        return MemoryState({**self.fields, **parts}, self.kinds)
+        return MemoryState({**self.fields, **parts}, self.kinds, self.trusted)
 
     @property
     def nbytes(self) -> int:
@@ -110,7 +115,7 @@ class MemoryState:
         """The rows of several states in one; ragged fields are padded on the left.
 
         Raises:
-            ValueError: no states, or states of different memories.
+            ValueError: no states, or states of different memories; fields of other widths or kinds of numbers.
         """
         if not states:
             raise ValueError("MemoryState.cat needs at least one state")
@@ -120,15 +125,20 @@ class MemoryState:
             if not same_kinds or {n: set(part) for n, part in state.fields.items()} != names:
                 raise ValueError("MemoryState.cat: the states come from different memories")
         parts = {
-            n: {f: _stack([s.fields[n][f] for s in states]) for f in fields} for n, fields in names.items()
+            n: {f: _stack([s.fields[n][f] for s in states], f"{n}.{f}") for f in fields}
+            for n, fields in names.items()
         }
-        return MemoryState(parts, {n: kind for state in states for n, kind in state.kinds.items()})
+        kinds = {n: kind for state in states for n, kind in state.kinds.items()}
+        return MemoryState(parts, kinds, frozenset.intersection(*(state.trusted for state in states)))
 
     def save(self, path: str | Path) -> None:
-        """Write one safetensors file, whole or not at all.
+        """Write one safetensors file with checksums, whole or not at all. A file that exists keeps its mode: what is in a
+        state was said by somebody.
 
         Raises:
             IsADirectoryError: a folder stands at `path`.
+            ValueError: a number that is not finite; names the field.
+            OSError: the disk is full, say; what stood at `path` stands still.
         """
         tensors = {f"{n}.{f}": t for n, part in self.fields.items() for f, t in part.items()}
         names = {n: sorted(part) for n, part in self.fields.items()}
@@ -136,40 +146,63 @@ class MemoryState:
         write_tensors(path, tensors, metadata)
 
     @classmethod
-    def load(cls, path: str | Path, device: torch.device | str = "cpu") -> MemoryState:
+    def load(
+        cls, path: str | Path, device: torch.device | str = "cpu", *, verify: bool = True
+    ) -> MemoryState:
         """Read what `save` wrote.
+
+        Args:
+            verify: compare the checksums; False takes what is there, from before there were any too.
 
         Raises:
             FileNotFoundError: nothing at `path`.
-            ValueError: a cut file, or a safetensors file that is not a memory state.
+            ValueError: a cut or damaged file, a safetensors file that is not a memory state, or numbers that are not
+                finite; names file and field.
         """
         path = Path(path)
-        if not path.is_file():
+        if not path.exists():
             raise FileNotFoundError(f"no memory state at {path}")
+        tensors, metadata = read_tensors(path, verify=verify)
+        if metadata.get("format") not in (FORMAT, WITHOUT_CHECKSUMS):
+            raise DamagedFile(f"{path} is a safetensors file but not a memory state (no format {FORMAT!r})")
+        names, kinds = _names(path, tensors, metadata)
+        if any(tensor.dim() == 0 for tensor in tensors.values()):
+            raise DamagedFile(f"{path} holds a tensor without a batch; it is not a memory state")
+        check_finite(path, tensors)
+        # A copy, because a tensor of the file starts anywhere, and products of such round in another way.
+        parts = {n: {f: tensors[f"{n}.{f}"].to(device, copy=True) for f in part} for n, part in names.items()}
         try:
-            with safe_open(path, framework="pt", device=str(device)) as file:
-                metadata = file.metadata() or {}
-                if metadata.get("format") != FORMAT:
-                    raise ValueError(
-                        f"{path} is a safetensors file but not a memory state (no format {FORMAT!r})"
-                    )
-                names = json.loads(metadata["fields"])
-                # A copy, because a tensor of the file starts anywhere, and products of such round in another way.
-                parts = {
-                    n: {f: file.get_tensor(f"{n}.{f}").clone() for f in part} for n, part in names.items()
-                }
-                return cls(parts, json.loads(metadata.get("kinds", "{}")))
-        except SafetensorError as error:
-            raise ValueError(
-                f"{path} is cut short or not a safetensors file ({error}); write the state again"
-            ) from None
+            return cls(parts, kinds)
+        except ValueError as error:
+            raise DamagedFile(f"{path}: {error}") from None
 
     def to_cache(self) -> MemoryCache:
         """A cache with this memory and an empty attention window, for `past_key_values=`."""
         return MemoryCache(self)
 
 
-def _stack(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+def _names(
+    path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]
+) -> tuple[dict[str, list[str]], dict[str, str]]:
+    """The fields of each memory, and the kinds, that a file says it holds; DamagedFile unless it holds those."""
+    names = parse_json(metadata.get("fields", "null"), f"{path}: fields")
+    kinds = parse_json(metadata.get("kinds", "{}"), f"{path}: kinds")
+    listed = isinstance(names, dict) and all(isinstance(part, list) for part in names.values())
+    if not listed or sorted(f"{n}.{f}" for n, part in names.items() for f in part) != sorted(tensors):
+        raise DamagedFile(f"{path}: fields in its metadata are not those of the tensors {sorted(tensors)}")
+    if not isinstance(kinds, dict) or not all(
+        n in names and isinstance(kind, str) for n, kind in kinds.items()
+    ):
+        raise DamagedFile(
+            f"{path}: kinds in its metadata must name the kind of each memory, got {str(kinds)[:80]}"
+        )
+    return names, kinds
+
+
+def _stack(tensors: Sequence[torch.Tensor], name: str) -> torch.Tensor:
+    if len({(t.dtype, t.dim(), t.shape[2:]) for t in tensors}) > 1:
+        shapes = ", ".join(f"{tuple(t.shape)} of {t.dtype}" for t in tensors)
+        raise ValueError(f"MemoryState.cat: field {name!r} has shapes that do not fit together: {shapes}")
     if tensors[0].dim() < 2:
         return torch.cat(list(tensors))
     width = max(t.shape[1] for t in tensors)
@@ -181,16 +214,16 @@ def _stack(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
 
 def _flatten(state: MemoryState):
     names = [(n, f) for n, part in state.fields.items() for f in part]
-    return [state.fields[n][f] for n, f in names], (names, state.kinds)
+    return [state.fields[n][f] for n, f in names], (names, state.kinds, state.trusted)
 
 
 def _unflatten(tensors, context) -> MemoryState:
     """Built without a look at the tensors: who flattens puts placeholders in their place."""
-    names, kinds = context
+    names, kinds, trusted = context
     state, state_fields = object.__new__(MemoryState), {}
     for (n, f), tensor in zip(names, tensors, strict=True):
         state_fields.setdefault(n, {})[f] = tensor
-    state.fields, state.kinds = state_fields, kinds
+    state.fields, state.kinds, state.trusted = state_fields, kinds, trusted
     first = next(iter(tensors), None)
     state.batch_size = first.shape[0] if isinstance(first, torch.Tensor) and first.dim() else None
     return state

@@ -42,7 +42,7 @@ def write_tensors(path: str | Path, tensors: Mapping[str, torch.Tensor], metadat
 
 
 def read_tensors(
-    path: str | Path, *, verify: bool = True, recorded: str | None = None
+    path: str | Path, *, verify: bool = True, required: bool = True, recorded: str | None = None
 ) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """The tensors of a file that `write_tensors` wrote, on the CPU, and its metadata.
 
@@ -50,13 +50,17 @@ def read_tensors(
 
     Args:
         verify: compare the checksums; False takes what is there.
+        required: whether there must be checksums; False takes a file without, as other programs write it.
         recorded: the checksum that another file has of this one, None where none has.
 
     Raises:
         FileNotFoundError: nothing at `path`.
+        IsADirectoryError: a folder stands at `path`.
         DamagedFile: not a safetensors file, or not as it was written; names file and tensor.
     """
     path = Path(path)
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder, not a file of tensors")
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing")
     try:
@@ -67,7 +71,7 @@ def read_tensors(
         raise DamagedFile(f"{path} is cut short or not a safetensors file ({error})") from None
     except Exception as error:  # sizes that contradict each other; what is raised depends on the version
         raise DamagedFile(f"{path} is not a safetensors file that can be read ({error})") from None
-    if verify:
+    if verify and (required or CHECKSUM in metadata):
         _compare(path, tensors, metadata, recorded)
     return tensors, {k: v for k, v in metadata.items() if k not in (CHECKSUMS, CHECKSUM)}
 
@@ -80,7 +84,11 @@ def _compare(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[
         raise DamagedFile(f"{path} has no checksums; {told}")
     if metadata[CHECKSUM] != json_checksum(fields):
         raise DamagedFile(f"{path}: its metadata is not as it was written; {told}")
+    if recorded is not None and metadata[CHECKSUM] != recorded:
+        raise DamagedFile(f"{path} is the file of another checkpoint or of another save; {told}")
     sums = parse_json(metadata[CHECKSUMS], f"{path}: {CHECKSUMS}")
+    if not isinstance(sums, dict):
+        raise DamagedFile(f"{path}: {CHECKSUMS} in its metadata is no list of tensors; {told}")
     for name in sorted(sums.keys() ^ tensors.keys()):
         one_too_much = name in tensors
         raise DamagedFile(
@@ -89,10 +97,6 @@ def _compare(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[
     for name, tensor in tensors.items():
         if tensor_checksum(name, tensor) != sums[name]:
             raise DamagedFile(f"{path}: tensor {name!r} is not as it was written; {told}")
-    if recorded is not None and metadata[CHECKSUM] != recorded:
-        raise DamagedFile(
-            f"{path} is whole, but it is the file of another checkpoint or of another save; {told}"
-        )
 
 
 def check_finite(path: str | Path, tensors: Mapping[str, torch.Tensor]) -> None:

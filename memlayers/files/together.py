@@ -56,10 +56,27 @@ def together(folder: str | Path) -> Iterator[Change]:
             change = Change(staging / FILES)
             yield change
             _decide(folder, staging, change)
-        except BaseException:
+        except BaseException as error:
             shutil.rmtree(staging, ignore_errors=True)
+            _name_places(error, staging / FILES, folder)
             raise
         _apply(folder)
+
+
+@contextmanager
+def reading(folder: str | Path) -> Iterator[None]:
+    """Keep a folder as it is while the context lasts: as the last change left it, one that a kill interrupted too.
+
+    Raises:
+        DamagedFile, OSError: as `settle`.
+    """
+    folder = Path(folder)
+    while True:
+        settle(folder)
+        with holding_folder(folder, shared=True):
+            if not os.path.lexists(folder / DECIDED):  # else another process was killed just now
+                yield
+                return
 
 
 def settle(folder: str | Path) -> None:
@@ -73,6 +90,19 @@ def settle(folder: str | Path) -> None:
     if os.path.lexists(folder / DECIDED):
         with holding_folder(folder), telling(folder):
             _settle(folder)
+
+
+def _name_places(error: BaseException, staging: Path, folder: Path) -> None:
+    """Have an error about a file that was being made name the place where it should have come."""
+
+    def named(text):
+        return text.replace(str(staging), str(folder)) if isinstance(text, str) else text
+
+    error.args = tuple(named(each) for each in error.args)
+    if isinstance(error, OSError):
+        error.strerror = named(error.strerror)
+        if error.filename is not None:
+            error.filename = named(error.filename)
 
 
 def _settle(folder: Path) -> None:

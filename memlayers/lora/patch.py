@@ -8,7 +8,7 @@ from torch import nn
 
 from ..config import ConfigError, chosen_layers
 from ..core.hooks import PartHook
-from ..core.memory import LayerMemory
+from ..core.memory import FLOATS, LayerMemory
 from ..core.model import decoder_layers, decoder_of, text_config, without_adapters
 from ..core.state import Fields
 from ..writing import Writer
@@ -97,9 +97,10 @@ class LoRAMemories(LayerMemory):
                 got.dim() != 3
                 or got.shape[1 + width] != shape[width]
                 or got.shape[1 + rank] != other.shape[1]
+                or got.dtype not in FLOATS
             ):
                 raise ValueError(
-                    f"memory {name!r}: field {field!r} of the state has shape {tuple(got.shape)}, this memory needs "
+                    f"memory {name!r}: field {field!r} of the state has shape {tuple(got.shape)} of {got.dtype}, this memory needs "
                     f"{shape[width]} for {shape[rank]} (the rank, the same in both); it was written by another memory"
                 )
 

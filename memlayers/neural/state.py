@@ -6,6 +6,7 @@ import torch
 
 from memlayers.kernels.chunk_memory import ChunkState
 
+from ..core.memory import FLOATS
 from ..core.state import Fields
 from .config import NeuralMemoryConfig
 from .rules import RULES
@@ -81,7 +82,9 @@ def check_fields(fields: Fields, config: NeuralMemoryConfig, head_dim: int, name
     batch = len(fields["position"])
     for field, shape in shapes.items():
         got, whole = fields[field], not shape
-        if tuple(got.shape) != (batch, *shape) or got.is_floating_point() == whole:
+        if tuple(got.shape) != (batch, *shape) or (
+            got.dtype != torch.int64 if whole else got.dtype not in FLOATS
+        ):
             raise ValueError(
                 f"memory {name!r}: field {field!r} of the state is a {got.dtype} tensor of shape {tuple(got.shape)}, "
                 f"this memory needs {'int64' if whole else 'floats'} of shape {(batch, *shape)}; it was written by "

@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..core.checks import check_part
 from ..core.masks import padding_first, padding_last
-from ..core.memory import StatefulMemory, append_rows
+from ..core.memory import StatefulMemory, append_rows, check_range
 from ..core.model import embedding_std, embedding_width, memories
 from ..core.schedule import Plan, Schedule, take
 from ..core.state import Fields, MemoryState
@@ -44,6 +45,8 @@ class ReversibleMemory(StatefulMemory):
     @classmethod
     def for_model(cls, config: ReversibleMemoryConfig, model: nn.Module) -> ReversibleMemory:
         return cls(config, embedding_width(model), embedding_std(model))
+
+    grows = frozenset({"compressed", "tokens"})
 
     def new_state(self, batch_size: int) -> Fields:
         """No slots."""
@@ -132,17 +135,17 @@ class ReversibleMemory(StatefulMemory):
         return ids.gather(1, order)[:, start:], mask.gather(1, order)[:, start:]
 
     def check_state(self, fields: Fields, name: str) -> None:
-        slots = self.config.n_tokens * fields["tokens"].shape[1] if "tokens" in fields else 0
-        for field in sorted({"compressed", "tokens", "length"} | set(fields)):
-            tensor = fields.get(field)
-            expected = {"compressed": (slots, self.hidden_size), "tokens": (None,), "length": ()}.get(field)
-            got = None if tensor is None else tuple(tensor.shape[1:])
-            if got != expected and not (field == "tokens" and got is not None and len(got) == 1):
-                raise ValueError(
-                    f"memory {name!r}: field {field!r} of the state has shape {got and tuple(tensor.shape)}; this memory "
-                    f"has compressed (batch, {self.config.n_tokens} a segment, {self.hidden_size}), tokens (batch, segments) "
-                    "and length (batch,); the state was written by another memory"
-                )
+        super().check_state(fields, name)
+        slots, n_segments = fields["compressed"].shape[1], fields["tokens"].shape[1]
+        if slots != self.config.n_tokens * n_segments:
+            raise ValueError(
+                f"memory {name!r}: field 'compressed' of the state has {slots} slots for {n_segments} segments, this memory "
+                f"has {self.config.n_tokens} a segment; the state was written by another memory"
+            )
+
+    def check_numbers(self, fields: Fields, name: str) -> None:
+        check_range(name, "tokens", fields["tokens"], self.segment_length)
+        check_range(name, "length", fields["length"], fields["compressed"].shape[1])
 
 
 def read_back(
@@ -169,7 +172,7 @@ def read_back(
     name, memory = next(iter(found.items()))
     if name not in state.fields:
         raise ValueError(f"the state has no memory {name!r}; it has {sorted(state.fields)}")
-    memory.check_state(state[name], name)
+    check_part(memory, state, name)
     return memory.read_back(model, state[name])
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from ..config import layer_index
-from ..core.memory import StatefulMemory, append_rows
+from ..core.memory import StatefulMemory, append_rows, check_range
 from ..core.model import embedding_std, embedding_width, text_config
 from ..core.schedule import Schedule
 from ..core.state import Fields
@@ -123,6 +123,8 @@ class MemoryTokens(StatefulMemory):
     def state_kind(self) -> str:
         return f"{self.config.type} in mode {self.config.mode}"
 
+    grows = frozenset({"memory"})
+
     def check_state(self, fields: Fields, name: str) -> None:
         super().check_state(fields, name)
         slots, n_tokens = fields["memory"].shape[1], self.config.n_tokens
@@ -131,3 +133,6 @@ class MemoryTokens(StatefulMemory):
                 f"memory {name!r}: the state holds {slots} slots, which {n_tokens} tokens in mode "
                 f"{self.config.mode!r} cannot have written; it was written by another memory"
             )
+
+    def check_numbers(self, fields: Fields, name: str) -> None:
+        check_range(name, "length", fields["length"], fields["memory"].shape[1])
