@@ -33,15 +33,16 @@ from typing import Annotated
 
 import typer
 from tqdm.auto import tqdm
-from transformers import AutoTokenizer
 
 import memlayers as ml
 from memlayers.eval import bank_report
 from memlayers.eval.bank_config import BankEvalConfig
 from memlayers.eval.bank_items import PROMPTS, Asked, Documents
 from memlayers.eval.models import load_plain
+from memlayers.eval.output import check_output
 from memlayers.eval.regimes import Asker
 from memlayers.eval.speed.timing import where
+from memlayers.loading import load_tokenizer
 from memlayers.tasks import Sample
 from memlayers.tasks.facts import said_object
 from memlayers.yaml_config import load_yaml
@@ -57,6 +58,7 @@ def evaluate(config: BankEvalConfig, output_dir: str | Path, progress: bool = Tr
     """
     output_dir, reports = Path(output_dir), []
     for seed in config.seeds:
+        check_output(output_dir / f"seed{seed}")
         report, samples = Trial(config, seed, progress).report()
         bank_report.write(report, samples, output_dir / f"seed{seed}")
         reports.append(report)
@@ -73,7 +75,7 @@ class Trial:
 
     def __init__(self, config: BankEvalConfig, seed: int, progress: bool = False) -> None:
         self.config, self.seed, self.progress = config, seed, progress
-        self.tokenizer = AutoTokenizer.from_pretrained(config.model)
+        self.tokenizer = load_tokenizer(config.model)
         self.documents = Documents(self.tokenizer, config.n_documents, config.facts_per_document, seed)
         ids = sorted(self.documents.texts)
         self.gone = set(random.Random(f"memlayers:deleted:{seed}").sample(ids, config.n_deleted))

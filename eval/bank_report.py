@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import functools
-import json
 import operator
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean
 
 from memlayers.eval.bank_items import PROMPTS
+from memlayers.eval.output import read_samples, write_output
 from memlayers.eval.statistics import paired_bootstrap, wilson
 from memlayers.eval.summary import over_seeds, reports_of_seeds, seeds_of, table, versions_of
-from memlayers.files import write_text, write_whole
 
 PARTS = {"all": ("kept", "deleted"), "kept": ("kept",), "deleted": ("deleted",), "stranger": ("stranger",)}
 TITLES = {"trained": "prompts of the documents", "held_out": "held-out prompts"}
@@ -70,12 +69,9 @@ def _gain(rows: Sequence[dict], arm: str, prompts: str, resamples: int, seed: in
 
 
 def write(report: dict, samples: Sequence[dict], folder: Path) -> None:
-    """samples.jsonl, recall.png, report.md and report.json, each whole or not at all."""
-    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in samples)
-    write_text(folder / "samples.jsonl", lines)
-    write_whole(folder / "recall.png", lambda path: picture(report["accuracy"], report["chance"], path))
-    write_text(folder / "report.md", markdown([report], report["gain"]))
-    write_text(folder / "report.json", json.dumps(report, indent=2) + "\n")
+    """samples.jsonl, recall.png, report.md and report.json; raises as `write_output`."""
+    pictures = {"recall.png": lambda path: picture(report["accuracy"], report["chance"], path)}
+    write_output(folder, {"report.md": markdown([report], report["gain"])}, pictures, report, samples)
 
 
 def write_summary(folder: Path) -> None:
@@ -85,11 +81,10 @@ def write_summary(folder: Path) -> None:
     """
     reports = reports_of_seeds(folder)
     config = reports[0]["config"]
-    samples = [folder / f"seed{report['config']['seed']}" / "samples.jsonl" for report in reports]
-    rows = [json.loads(line) for path in samples for line in path.read_text(encoding="utf-8").splitlines()]
+    rows = [row for each in reports for row in read_samples(folder / f"seed{each['config']['seed']}", each)]
     pooled = measured(rows, config["top_k"], config["resamples"], seed=0)
-    write_whole(folder / "recall.png", lambda path: picture(pooled["accuracy"], reports[0]["chance"], path))
-    write_text(folder / "summary.md", markdown(reports, pooled["gain"]))
+    pictures = {"recall.png": lambda path: picture(pooled["accuracy"], reports[0]["chance"], path)}
+    write_output(folder, {"summary.md": markdown(reports, pooled["gain"])}, pictures)
 
 
 def markdown(reports: Sequence[dict], gain: dict) -> str:

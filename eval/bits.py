@@ -19,7 +19,6 @@ its report is not measured again.
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Iterator
@@ -30,7 +29,6 @@ import torch
 import torch.nn.functional as F
 import typer
 from tqdm.auto import tqdm
-from transformers import AutoTokenizer
 
 import memlayers as ml
 from memlayers.core.memory import StatefulMemory, fresh_state
@@ -39,10 +37,11 @@ from memlayers.eval.bits_config import BitsConfig, Ladder
 from memlayers.eval.bits_report import markdown, picture
 from memlayers.eval.capacity import tokens_of_words
 from memlayers.eval.models import load_plain
+from memlayers.eval.output import write_output
 from memlayers.eval.reversible import fit
 from memlayers.eval.speed.timing import where
 from memlayers.eval.summary import reports_of_seeds
-from memlayers.files import write_text, write_whole
+from memlayers.loading import load_tokenizer
 from memlayers.yaml_config import load_yaml
 
 MEMORY = "held"
@@ -58,12 +57,10 @@ def evaluate(config: BitsConfig, output_dir: str | Path, progress: bool = True) 
     """
     folder = Path(output_dir)
     for seed in config.seeds:
-        path = folder / f"seed{seed}" / "report.json"
-        if not path.is_file():
-            write_text(path, json.dumps(measure(config, seed, progress), indent=2) + "\n")
+        if not (folder / f"seed{seed}" / "report.json").is_file():
+            write_output(folder / f"seed{seed}", {}, report=measure(config, seed, progress))
     reports = reports_of_seeds(folder)
-    write_whole(folder / "bits.png", lambda path: picture(reports, path))
-    write_text(folder / "summary.md", markdown(reports))
+    write_output(folder, {"summary.md": markdown(reports)}, {"bits.png": lambda path: picture(reports, path)})
     return reports
 
 
@@ -71,7 +68,7 @@ def measure(config: BitsConfig, seed: int, progress: bool = False) -> dict:
     """What report.json holds of one seed."""
     started = time.perf_counter()
     base = load_plain(config.model).requires_grad_(False)
-    alphabet = torch.tensor(tokens_of_words(AutoTokenizer.from_pretrained(config.model)))
+    alphabet = torch.tensor(tokens_of_words(load_tokenizer(config.model)))
     generator = torch.Generator().manual_seed(seed)
     longest = max(length for ladder in config.kinds.values() for length in ladder.lengths)
     texts = alphabet[torch.randint(len(alphabet), (2, 1, longest + 1), generator=generator)]

@@ -23,7 +23,6 @@ import torch
 import typer
 from pydantic import Field, model_validator
 from tqdm.auto import tqdm
-from transformers import AutoTokenizer
 
 import memlayers as ml
 from memlayers.config import ConfigError, Strict
@@ -32,6 +31,7 @@ from memlayers.eval.output import check_output, write_output
 from memlayers.eval.speed.timing import where
 from memlayers.eval.summary import over_seeds, reports_of_seeds, seeds_of, table, versions_of
 from memlayers.limits import Seed, Tokens, Width
+from memlayers.loading import load_tokenizer
 from memlayers.tasks.fact_words import RELATIONS
 from memlayers.writing import of_text
 from memlayers.yaml_config import load_yaml
@@ -92,7 +92,7 @@ def measure(config: CapacityConfig, seed: int, progress: bool = False) -> tuple[
     """What report.json holds of one seed, and a row a rank and length with every token right (1) or not (0)."""
     started = time.perf_counter()
     base = load_plain(config.model)
-    alphabet = tokens_of_words(AutoTokenizer.from_pretrained(config.model))
+    alphabet = tokens_of_words(load_tokenizer(config.model))
     rows = []
     cells = [(rank, length) for rank in config.ranks for length in config.lengths]
     for rank, length in tqdm(cells, desc=f"seed {seed}", unit="text", disable=not progress):

@@ -30,7 +30,6 @@ import torch
 import typer
 from pydantic import Field, model_validator
 from tqdm.auto import tqdm
-from transformers import AutoTokenizer
 
 import memlayers as ml
 from memlayers.config import ConfigError, Strict
@@ -39,7 +38,9 @@ from memlayers.eval import cartridge_report
 from memlayers.eval.models import load_plain
 from memlayers.eval.output import read_report
 from memlayers.eval.speed.timing import where
+from memlayers.files import read_text
 from memlayers.limits import Count, Seed, Width
+from memlayers.loading import load_tokenizer
 from memlayers.writing import DistillSection, WriterSection, of_teacher
 from memlayers.yaml_config import load_yaml
 
@@ -119,7 +120,7 @@ def evaluate(config: CartridgeEvalConfig, output_dir: str | Path, progress: bool
 def measure(config: CartridgeEvalConfig, seed: int, progress: bool = False) -> dict:
     """Cells {texts, arm, tokens, bytes, loss} of one seed: `loss` has the mean loss (nats) of each text's continuation."""
     started = time.perf_counter()
-    base, tokenizer = load_plain(config.model).eval(), AutoTokenizer.from_pretrained(config.model)
+    base, tokenizer = load_plain(config.model).eval(), load_tokenizer(config.model)
     _check(config, base)
     refined = sum(size < config.text_length for size in config.sizes) * len(config.writers)
     bar = tqdm(total=len(config.texts) * refined, desc=f"seed {seed}", unit="write", disable=not progress)
@@ -206,7 +207,7 @@ def draw(base, tokenizer, section: TextsSection, length: int, seed: int) -> torc
     path = Path(section.file)
     if not path.is_file():
         raise FileNotFoundError(f"texts.file: there is no file {section.file!r}")
-    parts = [part.strip() for part in path.read_text(encoding="utf-8").split(END_OF_TEXT)]
+    parts = [part.strip() for part in read_text(path).split(END_OF_TEXT)]
     encoded = tokenizer([part for part in parts if part], add_special_tokens=False, verbose=False).input_ids
     ids = torch.tensor([token for part in encoded for token in (begin, *part)])
     places = len(ids) - (length - 1) + 1

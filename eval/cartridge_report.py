@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 from scipy import stats
 
+from memlayers.eval.output import write_output
 from memlayers.eval.statistics import paired_bootstrap
 from memlayers.eval.summary import reports_of_seeds, seeds_of, table, versions_of
-from memlayers.files import write_text, write_whole
 
 BAR = 1.05
 """The perplexity beside that of reading that a cartridge is held to."""
@@ -22,11 +22,11 @@ def write_summary(folder: Path) -> None:
     write(reports_of_seeds(folder), folder, "summary.md")
 
 
-def write(reports: Sequence[dict], folder: Path, name: str) -> None:
-    """The table as `name`, and perplexity.png, each whole or not at all."""
+def write(reports: Sequence[dict], folder: Path, name: str, report: dict | None = None) -> None:
+    """The table as `name`, perplexity.png and, where one is given, report.json; raises as `write_output`."""
     rows = pooled(reports)
-    write_whole(folder / "perplexity.png", lambda path: picture(reports, rows, path))
-    write_text(folder / name, markdown(reports, rows))
+    pictures = {"perplexity.png": lambda path: picture(reports, rows, path)}
+    write_output(folder, {name: markdown(reports, rows)}, pictures, report)
 
 
 def pooled(reports: Sequence[dict]) -> list[dict]:

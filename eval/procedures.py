@@ -32,15 +32,16 @@ from typing import Annotated
 import torch
 import typer
 from tqdm.auto import tqdm
-from transformers import AutoTokenizer
 
 import memlayers as ml
 from memlayers.config import ConfigError
 from memlayers.eval import procedures_report
 from memlayers.eval.models import load_plain
+from memlayers.eval.output import check_output, read_report
 from memlayers.eval.procedures_arms import LEARNERS, Learner, TokenLearner, learn
 from memlayers.eval.procedures_config import ProceduresEvalConfig
 from memlayers.eval.speed.timing import where
+from memlayers.loading import load_tokenizer
 from memlayers.tasks.procedures import Procedure, ProceduresConfig, ProceduresTask
 from memlayers.yaml_config import load_yaml
 
@@ -56,6 +57,7 @@ def evaluate(config: ProceduresEvalConfig, output_dir: str | Path, progress: boo
         folder = output_dir / f"seed{seed}"
         report = _measured(folder / "report.json", config)
         if report is None:
+            check_output(folder)
             report, samples = Trial(config, seed, progress).report()
             procedures_report.write(report, samples, folder)
         reports.append(report)
@@ -67,7 +69,7 @@ def _measured(path: Path, config: ProceduresEvalConfig) -> dict | None:
     """The report at `path`, or None where there is none."""
     if not path.is_file():
         return None
-    report = json.loads(path.read_text(encoding="utf-8"))
+    report = read_report(path)
     theirs = {k: v for k, v in report["config"].items() if k not in ("seed", "seeds")}
     if theirs != config.model_dump(mode="json", exclude={"seeds"}):
         raise ValueError(f"{path}: measured with another config; give another folder with --out")
@@ -90,7 +92,7 @@ class Trial:
                 f"--out {self.base}"
             )
         settings = ProceduresConfig(**json.loads((self.base / "procedures.json").read_text(encoding="utf-8")))
-        self.task = ProceduresTask(settings, AutoTokenizer.from_pretrained(self.base))
+        self.task = ProceduresTask(settings, load_tokenizer(self.base))
         size = config.batch_procedures
         try:
             self.procedures = self.task.new(size * config.batches, seed)

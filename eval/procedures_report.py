@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean
 
+from memlayers.eval.output import read_samples, write_output
 from memlayers.eval.statistics import paired_bootstrap, wilson
 from memlayers.eval.summary import over_seeds, reports_of_seeds, seeds_of, table, versions_of
-from memlayers.files import write_text, write_whole
 
 FIELDS = {"correct": "accuracy", "routed": "routing"}
 
@@ -60,11 +59,9 @@ def _drop(pairs: Sequence[tuple[dict, dict]], field: str, resamples: int, seed: 
 
 
 def write(report: dict, samples: Sequence[dict], folder: Path) -> None:
-    """samples.jsonl, procedures.png, report.md and report.json, each whole or not at all; report.json last."""
-    write_text(folder / "samples.jsonl", "".join(json.dumps(row) + "\n" for row in samples))
-    write_whole(folder / "procedures.png", lambda path: picture([report], path))
-    write_text(folder / "report.md", markdown([report], report["drop"]))
-    write_text(folder / "report.json", json.dumps(report, indent=2) + "\n")
+    """samples.jsonl, procedures.png, report.md and report.json; raises as `write_output`."""
+    pictures = {"procedures.png": lambda path: picture([report], path)}
+    write_output(folder, {"report.md": markdown([report], report["drop"])}, pictures, report, samples)
 
 
 def write_summary(folder: Path) -> None:
@@ -73,11 +70,10 @@ def write_summary(folder: Path) -> None:
     Raises `ValueError` where two of them were measured with different configs.
     """
     reports = reports_of_seeds(folder)
-    samples = [folder / f"seed{report['config']['seed']}" / "samples.jsonl" for report in reports]
-    rows = [json.loads(line) for path in samples for line in path.read_text(encoding="utf-8").splitlines()]
+    rows = [row for each in reports for row in read_samples(folder / f"seed{each['config']['seed']}", each)]
     pooled = measured(rows, reports[0]["config"]["resamples"], seed=0)
-    write_whole(folder / "procedures.png", lambda path: picture(reports, path))
-    write_text(folder / "summary.md", markdown(reports, pooled["drop"]))
+    pictures = {"procedures.png": lambda path: picture(reports, path)}
+    write_output(folder, {"summary.md": markdown(reports, pooled["drop"])}, pictures)
 
 
 def markdown(reports: Sequence[dict], drop: dict) -> str:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import functools
-import json
 from collections import defaultdict
 from pathlib import Path
 
 from memlayers.eval.config import ARMS, CONTROLS, REGIMES, EvalConfig
+from memlayers.eval.output import write_output
 from memlayers.eval.statistics import holm, mcnemar, paired_bootstrap, wilson
 from memlayers.eval.suites import facts_report, mqar_report
-from memlayers.files import write_text, write_whole
 
 Key = tuple[str, str, int, str]  # suite, regime, length, arm or control
 
@@ -95,18 +94,12 @@ def _put(tree: dict, key: Key, value) -> None:
 
 
 def write_report(report: dict, samples: list[dict], folder: Path) -> None:
-    """Writes report.json, samples.jsonl, report.md and `<suite>.png` into `folder`, each whole or not at all."""
-    write_text(
-        folder / "samples.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in samples)
-    )
-    for suite in report["results"]:
-        write_whole(folder / f"{suite}.png", lambda path, suite=suite: heatmap(report, suite, path))
+    """Writes report.json, samples.jsonl, report.md and `<suite>.png` into `folder`; raises as `write_output`."""
+    pictures = {f"{suite}.png": functools.partial(heatmap, report, suite) for suite in report["results"]}
     for kind, module in (("facts", facts_report), ("mqar", mqar_report)):
         for suite, block in report.get(kind, {}).items():
-            draw = functools.partial(module.picture, suite, block)
-            write_whole(folder / f"{suite}.png", draw)
-    write_text(folder / "report.md", markdown(report))
-    write_text(folder / "report.json", json.dumps(report, indent=2) + "\n")
+            pictures[f"{suite}.png"] = functools.partial(module.picture, suite, block)
+    write_output(folder, {"report.md": markdown(report)}, pictures, report, samples)
 
 
 def heatmap(report: dict, suite: str, path: str | Path) -> None:

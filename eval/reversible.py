@@ -25,7 +25,7 @@ import torch
 import typer
 from pydantic import Field, model_validator
 from tqdm.auto import tqdm
-from transformers import AutoTokenizer, get_cosine_schedule_with_warmup
+from transformers import get_cosine_schedule_with_warmup
 
 import memlayers as ml
 from memlayers.config import ConfigError, Strict
@@ -36,7 +36,9 @@ from memlayers.eval.reversible_report import GIVEN, markdown, picture
 from memlayers.eval.speed.timing import where
 from memlayers.eval.statistics import paired_bootstrap, wilson
 from memlayers.eval.summary import reports_of_seeds
+from memlayers.files import read_text
 from memlayers.limits import Count, Rate, Seed, Steps
+from memlayers.loading import load_tokenizer
 from memlayers.tasks.filler import TRAIN_SHARE, split_sentences
 from memlayers.yaml_config import load_yaml
 
@@ -113,7 +115,7 @@ def evaluate(config: ReversibleEvalConfig, output_dir: str | Path, progress: boo
 def measure(config: ReversibleEvalConfig, seed: int, progress: bool = False) -> tuple[dict, list[dict]]:
     """What report.json holds of one seed, and a row an arm with the number of right tokens of every segment."""
     started = time.perf_counter()
-    tokenizer = AutoTokenizer.from_pretrained(config.model)
+    tokenizer = load_tokenizer(config.model)
     report: dict = {"config": {**config.model_dump(), "seed": seed}, "arms": {}}
     rows = []
     for name, memory_config in config.arms.items():
@@ -137,7 +139,7 @@ def texts(config: ReversibleEvalConfig, tokenizer, length: int) -> tuple[torch.T
     """The training part (tokens,) and unseen segments (n, length) of the file; raises as `unseen_prose`."""
     prose = PerplexityConfig(file=config.file, windows=1, n_sequences=config.n_segments)
     unseen = unseen_prose(prose, tokenizer, length)
-    sentences = split_sentences(Path(config.file).read_text(encoding="utf-8"))
+    sentences = split_sentences(read_text(config.file))
     text = " ".join(sentences[: round(len(sentences) * TRAIN_SHARE)])
     return tokenizer(text, add_special_tokens=False, return_tensors="pt", verbose=False).input_ids[0], unseen
 

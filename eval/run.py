@@ -28,6 +28,7 @@ from memlayers.eval.config import (
     load_config,
 )
 from memlayers.eval.models import IN_MEMORY, FromCheckpoint, InMemory, describe
+from memlayers.eval.output import check_output
 from memlayers.eval.plan import Plan
 from memlayers.eval.regimes import Asker, Predictions
 from memlayers.eval.report import build_report, write_report
@@ -46,8 +47,9 @@ def evaluate(config: EvalConfig, output_dir: str | Path, progress: bool = True) 
 
     Files: report.json, samples.jsonl, report.md and one picture a suite, each whole or not at all.
     Returns what report.json holds. Raises `FileNotFoundError` for a missing checkpoint, `ValueError` when the
-    tokenizer cannot spell the needles.
+    tokenizer cannot spell the needles, `FileExistsError` where `output_dir` holds such files of others.
     """
+    check_output(output_dir)
     source = FromCheckpoint(config)
     return _evaluate(source, source.tokenizer(), config, output_dir, progress)
 

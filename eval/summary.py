@@ -27,6 +27,7 @@ from typing import Annotated
 
 import typer
 
+from memlayers.eval.output import read_report
 from memlayers.eval.suites.facts_report import TITLES, cells_of
 from memlayers.eval.suites.mqar_report import flat
 from memlayers.files import write_text
@@ -57,7 +58,7 @@ def load_group(argument: str) -> Group:
     paths = sorted(Path(folder) / "report.json" for folder in glob.glob(pattern))
     if not paths or not all(path.is_file() for path in paths):
         raise FileNotFoundError(f"{name}: no report.json in {pattern!r}")
-    reports = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+    reports = [read_report(path) for path in paths]
     logs = [path.parent.parent / "log.jsonl" for path in paths]
     steps = [steps_of(log) for log in logs] if all(log.is_file() for log in logs) else []
     return Group(name, regime, reports, steps)
@@ -74,7 +75,7 @@ def reports_of_seeds(folder: Path) -> list[dict]:
     Raises `ValueError` where two of them were measured with different configs.
     """
     paths = sorted(folder.glob("seed*/report.json"))
-    reports = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+    reports = [read_report(path) for path in paths]
     configs = [{k: v for k, v in each["config"].items() if k not in ("seed", "seeds")} for each in reports]
     for path, config in zip(paths, configs):
         if config != configs[0]:

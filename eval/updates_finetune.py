@@ -20,7 +20,6 @@ import torch
 import typer
 from pydantic import Field
 from tqdm.auto import tqdm
-from transformers import AutoTokenizer
 
 import memlayers as ml
 from memlayers.config import Strict
@@ -30,6 +29,7 @@ from memlayers.eval.perplexity import PerplexityConfig, unseen_prose
 from memlayers.eval.statistics import wilson
 from memlayers.eval.summary import over_seeds, reports_of_seeds, seeds_of, table
 from memlayers.limits import Count, Rate, Seed, Steps, Tokens
+from memlayers.loading import load_tokenizer
 from memlayers.tasks import Sample, UpdatesConfig, UpdatesTask, rng_for
 from memlayers.yaml_config import load_yaml
 
@@ -75,7 +75,7 @@ def evaluate(config: FinetuneConfig, output_dir: str | Path, progress: bool = Tr
 
 def measure(config: FinetuneConfig, seed: int, progress: bool = False) -> dict:
     """What report.json holds of one seed."""
-    base, tokenizer = load_plain(config.model), AutoTokenizer.from_pretrained(config.model)
+    base, tokenizer = load_plain(config.model), load_tokenizer(config.model)
     task = UpdatesTask(config.task, tokenizer, split="eval")
     prose = unseen_prose(config.prose, tokenizer, config.window).reshape(-1, config.window)
     cells, perplexities = {}, {"base": perplexity(base, prose)}

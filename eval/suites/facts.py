@@ -14,7 +14,6 @@ Wilson's for as many items as there are facts.
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ from pathlib import Path
 import memlayers as ml
 from memlayers.config import ConfigError
 from memlayers.eval.config import EvalConfig, FactsSuiteConfig
+from memlayers.eval.output import read_report
 from memlayers.eval.plan import NO_MEMORY
 from memlayers.eval.regimes import Asker
 from memlayers.eval.statistics import wilson
@@ -209,7 +209,7 @@ def _read_before(name: str, suite: FactsSuiteConfig) -> dict | None:
             f"{where}: there is no file {suite.before!r}; give the report.json from before"
         )
     try:
-        report = json.loads(path.read_text(encoding="utf-8"))
+        report = read_report(path)
         metrics, config = report["facts"][name]["metrics"], report["config"]["suites"][name]
     except (ValueError, KeyError, TypeError):
         raise ConfigError(f"{where}: {suite.before!r} is no report with a facts suite {name!r}") from None

@@ -42,11 +42,12 @@ def write_json(path: str | Path, data: dict[str, Any]) -> None:
     write_text(path, text + "\n")
 
 
-def read_json(path: str | Path, *, verify: bool = True) -> dict[str, Any]:
+def read_json(path: str | Path, *, verify: bool = True, required: bool = True) -> dict[str, Any]:
     """The fields of a JSON file that `write_json` wrote, without the checksum.
 
     Args:
         verify: compare the checksum; False takes what is there.
+        required: whether there must be one; False takes a file without, as others or earlier versions wrote it.
 
     Raises:
         FileNotFoundError: nothing at `path`.
@@ -56,7 +57,9 @@ def read_json(path: str | Path, *, verify: bool = True) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise DamagedFile(f"{path}: expected a mapping of fields, got {str(data)[:80]!r}")
     recorded = data.pop(CHECKSUM, None)
-    if verify and recorded is None:
+    if recorded is None and (not verify or not required):
+        return data
+    if recorded is None:
         raise DamagedFile(f"{path}: {CHECKSUM}: this field is required; verify=False reads the file without")
     if verify and recorded != json_checksum(data):
         raise DamagedFile(

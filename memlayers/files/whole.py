@@ -45,7 +45,7 @@ def write_whole(path: str | Path, write: Callable[[Path], None]) -> None:
     check_place(path)
     make_folder(path.parent)
     with telling(path):
-        _remove_leftovers(path)
+        remove_leftovers(path)
         temporary = path.with_name(f".{path.name[:180]}.memlayers-{secrets.token_hex(8)}.tmp")
         handle = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
         try:
@@ -144,7 +144,7 @@ def sync_tree(folder: Path) -> None:
         sync_folder(Path(place))
 
 
-def _remove_leftovers(path: Path) -> None:
+def remove_leftovers(path: Path) -> None:
     """Remove what killed processes have left of earlier tries: files of our temporary names that nobody holds."""
     own = re.compile(re.escape(f".{path.name[:180]}.memlayers-") + r"[0-9a-f]{16}\.tmp")
     names = os.listdir(path.parent) if fcntl else []

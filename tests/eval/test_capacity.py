@@ -71,7 +71,7 @@ def test_every_file(tiny_llama, tokenizer, tmp_path):
     reports = evaluate(config, tmp_path / "out", progress=False)
     for seed, report in zip((0, 7), reports):
         folder = tmp_path / "out" / f"seed{seed}"
-        assert {p.name for p in folder.iterdir()} == {
+        assert {p.name for p in folder.iterdir() if not p.name.startswith(".")} == {
             "report.json",
             "report.md",
             "samples.jsonl",

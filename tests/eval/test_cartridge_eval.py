@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +14,7 @@ from memlayers.config import ConfigError
 from memlayers.eval.cartridge import CartridgeEvalConfig, TextsSection, after_reading, draw, evaluate
 from memlayers.eval.cartridge_report import kept, pooled
 from memlayers.eval.models import load_plain
+from memlayers.eval.output import read_report
 from memlayers.tasks.words import NOISE_SENTENCES
 from memlayers.yaml_config import load_yaml
 
@@ -54,7 +54,7 @@ def small(tiny_llama, tokenizer, tmp_path):
 def test_every_arm(small, tmp_path):
     out = tmp_path / "out"
     reports = evaluate(small, out, progress=False)
-    assert json.loads((out / "seed3" / "report.json").read_text()) == reports[0]
+    assert read_report(out / "seed3" / "report.json") == reports[0]
     assert (out / "seed3" / "report.md").read_text() == (out / "summary.md").read_text()
     rows = {(r["texts"], r["arm"], r["tokens"]): r for r in pooled(reports)}
     refined = [a for w in WRITERS for a in (w, f"{w}, another text's")]

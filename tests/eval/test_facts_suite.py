@@ -235,7 +235,12 @@ def test_files_and_the_table_over_seeds(tiny_llama, tokenizer, blank, task, tmp_
             window=32,
             perplexity=perplexity,
         )
-    assert sorted(p.name for p in out.iterdir()) == ["facts.png", "report.json", "report.md", "samples.jsonl"]
+    assert sorted(p.name for p in out.iterdir() if not p.name.startswith(".")) == [
+        "facts.png",
+        "report.json",
+        "report.md",
+        "samples.jsonl",
+    ]
     assert (out / "facts.png").read_bytes().startswith(b"\x89PNG")
     assert json.loads((out / "report.json").read_text()) == report
     text = (out / "report.md").read_text()

@@ -53,13 +53,17 @@ def config(base: Path, **fields) -> ProceduresEvalConfig:
 def test_the_whole_path(base, tmp_path):
     out = tmp_path / "out"
     (report,) = evaluate(config(base), out, progress=False)
-    assert {p.name for p in (out / "seed7").iterdir()} == {
+    assert {p.name for p in (out / "seed7").iterdir() if not p.name.startswith(".")} == {
         "report.json",
         "report.md",
         "samples.jsonl",
         "procedures.png",
     }
-    assert {p.name for p in out.iterdir()} == {"seed7", "summary.md", "procedures.png"}
+    assert {p.name for p in out.iterdir() if not p.name.startswith(".")} == {
+        "seed7",
+        "summary.md",
+        "procedures.png",
+    }
     rows = [json.loads(line) for line in (out / "seed7" / "samples.jsonl").read_text().splitlines()]
     # base and prompt once; each arm after 3 and after 6 procedures; two arms of task tokens with three controls
     assert len(rows) == 2 * (2 * 6 + 3 * (3 + 6) + 2 * 3 * 6)

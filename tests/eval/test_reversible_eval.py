@@ -113,7 +113,11 @@ def test_every_file(fields, tmp_path):
     reports = evaluate(config, tmp_path / "out", progress=False)
     for seed, report in zip((0, 7), reports):
         folder = tmp_path / "out" / f"seed{seed}"
-        assert {p.name for p in folder.iterdir()} == {"report.json", "report.md", "samples.jsonl"}
+        assert {p.name for p in folder.iterdir() if not p.name.startswith(".")} == {
+            "report.json",
+            "report.md",
+            "samples.jsonl",
+        }
         assert json.loads((folder / "report.json").read_text()) == json.loads(json.dumps(report))
         lines = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
         assert [line["arm"] for line in lines] == [*fields["arms"], "checkpoint"]
