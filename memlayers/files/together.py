@@ -22,6 +22,8 @@ from .texts import DamagedFile, read_json, write_json
 from .whole import check_place, make_folder, mode_of, sync_folder, sync_tree, telling
 
 DECIDED, JOURNAL, FILES = ".memlayers-new", "journal.json", "files"
+OF_JOURNAL = re.compile(re.escape(f".{JOURNAL}.memlayers-"))
+"""How the journal is called while it is being written."""
 UNDECIDED = re.compile(re.escape(DECIDED) + "-[0-9a-f]{16}")
 
 
@@ -116,7 +118,9 @@ def _settle(folder: Path) -> None:
 
 def _is_ours(path: Path) -> bool:
     """Whether a folder of our temporary name holds nothing but what we put into one."""
-    return stat.S_ISDIR(os.lstat(path).st_mode) and set(os.listdir(path)) <= {FILES, JOURNAL}
+    if not stat.S_ISDIR(os.lstat(path).st_mode):
+        return False
+    return all(name in (FILES, JOURNAL) or OF_JOURNAL.match(name) for name in os.listdir(path))
 
 
 def _decide(folder: Path, staging: Path, change: Change) -> None:
