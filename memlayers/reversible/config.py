@@ -30,7 +30,7 @@ class ReversibleMemoryConfig(MemoryConfig):
     type: Literal["reversible"] = "reversible"
     n_tokens: Part = 4
     ratios: list[Part] = Field([8], min_length=1, max_length=16)
-    depth: int = Field(4, ge=2, le=256)
+    depth: int = Field(4, ge=2, le=64)
     heads: Part = 8
     expansion: Part = 4
     backwards: Literal["inverse", "separate"] = "inverse"
