@@ -10,7 +10,7 @@ from pydantic import Discriminator, Field, Tag, model_validator
 
 from memlayers.config import ConfigError, Strict
 from memlayers.eval.perplexity import PerplexityConfig
-from memlayers.limits import MOST_TOKENS, Count, Seed, Tokens
+from memlayers.limits import MOST_TOKENS, Count, Seed, Share, Tokens
 from memlayers.tasks import FactsConfig, HaystackConfig, MqarConfig
 from memlayers.yaml_config import load_yaml
 
@@ -41,7 +41,7 @@ class SuiteConfig(Strict):
     task: HaystackConfig
     lengths: list[Tokens] | None = Field(None, min_length=1)
     windows: list[Tokens] | None = Field(None, min_length=1)
-    depths: list[float] = Field([0.0, 0.25, 0.5, 0.75, 1.0], min_length=1)
+    depths: list[Share] = Field([0.0, 0.25, 0.5, 0.75, 1.0], min_length=1)
     n: Count = 200
     regimes: list[Regime] = Field(["F", "W", "D"], min_length=1)
 
@@ -55,8 +55,6 @@ class SuiteConfig(Strict):
             values = getattr(self, field) or []
             if len(set(values)) != len(values):
                 raise ValueError(f"{field}: {values} names a value twice")
-        if any(not 0 <= depth <= 1 for depth in self.depths):
-            raise ValueError(f"depths: {self.depths} must lie between 0 (start) and 1 (end)")
         return self
 
 

@@ -33,6 +33,7 @@ Scale = Annotated[float, Field(ge=1e-6, le=1e6)]
 """What numbers are multiplied with, divided by or cut at."""
 Beta = Annotated[float, Field(ge=0, lt=1)]
 """A rate at which an optimizer forgets."""
+Share = Annotated[float, Field(ge=0, le=1)]
 Epsilon = Annotated[float, Field(ge=1e-30, le=1)]
 """What an optimizer divides by at least; float32 has it."""
 Bias = Annotated[float, Field(ge=-100, le=100)]

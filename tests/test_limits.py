@@ -37,7 +37,7 @@ def test_all_starts_are_looked_at():
 
 
 @pytest.mark.parametrize(
-    "value", [10**12, -(10**12), 10**5000, math.nan, math.inf, -math.inf, 1e300, -1e300], ids=str
+    "value", [10**12, -(10**12), 10**30, math.nan, math.inf, -math.inf, 1e300, -1e300], ids=str
 )
 def test_every_number_has_a_limit(value):
     for cls, field, annotation in number_fields():
@@ -77,7 +77,7 @@ LARGE = [
     ({"type": "reversible", "ratios": [4096, 64]}, "ratios"),
     ({"type": "tokens", "mode": "prefix", "writer_dim": 65_536}, "writer_dim"),
     ({"type": "lora", "r": 65_536}, "r"),
-    ({"type": "cartridge", "n_tokens": 65}, "n_tokens"),
+    ({"type": "cartridge", "start": "learned", "n_tokens": 65}, "n_tokens"),
 ]
 
 
