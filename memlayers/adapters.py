@@ -9,13 +9,13 @@ from typing import Any
 from urllib.parse import quote
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import nn
 
 from .config import ConfigError
 from .core.model import ROOT
-from .files import check_tensors, write_tensors, write_text
+from .errors import says_no_memory
+from .files import check_tensors, file_checksum, read_tensors, write_tensors, write_text
+from .loading import first_line
 
 FOLDER, CONFIG, WEIGHTS = "adapters", "adapter_config.json", "adapter_model.safetensors"
 OLD_FOLDER = "lora"
@@ -70,49 +70,62 @@ def check_adapters(model: nn.Module) -> None:
                 )
 
 
-def save_adapters(model: nn.Module, folder: Path) -> dict[str, Any]:
+def save_adapters(model: nn.Module, folder: Path) -> tuple[dict[str, Any], dict[str, str]]:
     """Write all adapters into `folder / "adapters"`, in PEFT's own format.
 
     Returns:
-        What the config of the checkpoint says of them.
+        What the config of the checkpoint says of them, and the files with their checksums.
     """
+    files = {}
     for name, config in adapters(model).items():
-        write_tensors(folder / FOLDER / _folder(name) / WEIGHTS, _tensors(model, name), {"format": "pt"})
+        place = _place(name)
+        files[f"{place}/{WEIGHTS}"] = write_tensors(
+            folder / place / WEIGHTS, _tensors(model, name), {"format": "pt"}
+        )
         with tempfile.TemporaryDirectory() as scratch:
             config.save_pretrained(scratch)
             text = (Path(scratch) / CONFIG).read_text(encoding="utf-8")
-        write_text(folder / FOLDER / _folder(name) / CONFIG, text)
-    return {"adapters": list(adapters(model)), "active_adapters": active_adapters(model)}
+        write_text(folder / place / CONFIG, text)
+        files[f"{place}/{CONFIG}"] = file_checksum(folder / place / CONFIG)
+    return {"adapters": list(adapters(model)), "active_adapters": active_adapters(model)}, files
 
 
-def load_adapters(model: nn.Module, folder: Path, config: dict[str, Any], where: str) -> None:
+def load_adapters(
+    model: nn.Module, folder: Path, config: dict[str, Any], where: str, *, verify: bool = True
+) -> None:
     """Put the adapters into `model` that `config` names, and make those active that were.
 
     Args:
         folder: of the checkpoint.
         config: the contents of its `memory_config.json`.
         where: names that file in errors.
+        verify: compare the checksums of tensors; those of the configs are the caller's to compare.
 
     Raises:
         FileNotFoundError, ConfigError, ValueError: as `memlayers.load`.
     """
     if "adapters" in config:
         names, active = config["adapters"], config.get("active_adapters", config["adapters"])
-        folders = [folder / FOLDER / _folder(str(name)) for name in names]
+        places = [_place(str(name)) for name in names]
     else:
         names = active = [OLD_FOLDER] if (folder / OLD_FOLDER).is_dir() else []
-        folders = [folder / OLD_FOLDER]
+        places = [OLD_FOLDER]
     for field, value in (("adapters", names), ("active_adapters", active)):
-        if not isinstance(value, list) or not all(isinstance(n, str) and n in names for n in value):
-            raise ConfigError(f"{where}: {field}: expected a list of names of adapters, got {value!r}")
+        if not isinstance(value, list) or not all(_can_name(n) and n in names for n in value):
+            raise ConfigError(
+                f"{where}: {field}: expected a list of names of adapters, got {str(value)[:80]!r}"
+            )
     if names and adapters(model):
         raise ValueError(
             f"{folder} has adapters of its own, {names}, and the base that was given has {list(adapters(model))}; give it "
             "without, model.unload()"
         )
-    tensors = {name: _put_in(model, place, name) for name, place in zip(names, folders)}
-    for name, place in zip(names, folders):  # only now: one that stands around another changes its names
-        _fill(model, place, name, tensors[name])
+    tensors = {}
+    for name, place in zip(names, places):
+        tensors[name] = _read(folder / place, config.get("files", {}).get(f"{place}/{WEIGHTS}"), verify)
+        _put_in(model, folder / place, name)
+    for name, place in zip(names, places):  # only now: one that stands around another changes its names
+        _fill(model, folder / place, name, tensors[name])
     if names:
         _activate(model, active)
 
@@ -154,24 +167,27 @@ def _base_name(name: str, kept: dict[str, str]) -> str | None:
     return ".".join(own)
 
 
-def _put_in(model: nn.Module, folder: Path, name: str) -> dict[str, torch.Tensor]:
-    """Put an adapter into the model as its config says; the tensors that belong into it."""
-    from peft import PeftConfig, inject_adapter_in_model
-
+def _read(folder: Path, recorded: str | None, verify: bool) -> dict[str, torch.Tensor]:
+    """An adapter's tensors, as views of its file."""
     for file in (CONFIG, WEIGHTS):
         if not (folder / file).is_file():
             raise FileNotFoundError(f"{folder / file} is missing; the checkpoint is not whole")
-    try:
-        tensors = load_file(folder / WEIGHTS)
-    except SafetensorError as error:
-        raise ValueError(f"{folder / WEIGHTS} is cut short or not a safetensors file ({error})") from None
+    return read_tensors(folder / WEIGHTS, verify=verify, recorded=recorded)[0]
+
+
+def _put_in(model: nn.Module, folder: Path, name: str) -> None:
+    """Put an adapter into the model as its config says."""
+    from peft import PeftConfig, inject_adapter_in_model
+
     try:
         config = PeftConfig.from_pretrained(str(folder))
         inject_adapter_in_model(config, model, adapter_name=name)
-    except (KeyError, TypeError, ValueError) as error:
-        told = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"{folder / CONFIG}: PEFT cannot put this adapter into the base ({told})") from None
-    return tensors
+    except Exception as error:  # PEFT does not look at what a config holds; anything may come of it
+        if says_no_memory(error):
+            raise
+        raise ValueError(
+            f"{folder / CONFIG}: PEFT cannot put this adapter into the base ({first_line(error)})"
+        ) from None
 
 
 def _fill(model: nn.Module, folder: Path, name: str, tensors: dict[str, torch.Tensor]) -> None:
@@ -209,5 +225,11 @@ def _layers(model: nn.Module) -> list[nn.Module]:
     return [m for m in model.modules() if isinstance(m, (BaseTunerLayer, AuxiliaryTrainingWrapper))]
 
 
-def _folder(name: str) -> str:
-    return quote(name, safe="")
+def _place(name: str) -> str:
+    """The folder of an adapter, by its name in the checkpoint."""
+    return f"{FOLDER}/{quote(name, safe='')}"
+
+
+def _can_name(name: Any) -> bool:
+    """Whether an adapter can have this name; with a dot it could name another folder, and PyTorch takes none."""
+    return isinstance(name, str) and bool(name) and "." not in name

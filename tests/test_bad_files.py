@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import memlayers as ml
+from memlayers.files import DamagedFile, read_json, write_json
 
 
 @pytest.fixture
@@ -18,13 +19,14 @@ def saved(tmp_path):
     return tmp_path / "out"
 
 
-def load(folder, base=None):
-    return ml.load(folder, base=base or llama().base())
+def load(folder, base=None, **options):
+    return ml.load(folder, base=base or llama().base(), **options)
 
 
 def rewrite(folder, **changes):
-    config = json.loads((folder / "memory_config.json").read_text())
-    (folder / "memory_config.json").write_text(json.dumps({**config, **changes}))
+    """Change the config as somebody would who makes its checksum anew."""
+    path = folder / "memory_config.json"
+    write_json(path, {**read_json(path), **changes})
 
 
 # saving
@@ -93,8 +95,10 @@ def test_weights_of_another_kind(saved):
     with pytest.raises(ValueError, match=says(str(path), "not a safetensors file")):
         load(saved)
     save_file({"model.embed_tokens.weight": torch.zeros(4, 4)}, path)
-    with pytest.raises(ValueError, match=says(str(path), "tensor", "belongs to another checkpoint")):
+    with pytest.raises(DamagedFile, match=says(str(path), "no checksums", "verify=False")):
         load(saved)
+    with pytest.raises(ValueError, match=says(str(path), "tensor", "belongs to another checkpoint")):
+        load(saved, verify=False)
 
 
 def test_a_tensor_too_few_too_many_or_of_another_shape(saved):
@@ -103,13 +107,17 @@ def test_a_tensor_too_few_too_many_or_of_another_shape(saved):
     name = "memlayers.stream.initial_memory"
     save_file({n: t for n, t in whole.items() if n != name}, path)
     with pytest.raises(ValueError, match=says(str(path), f"'{name}' is missing")):
-        load(saved)
+        load(saved, verify=False)
     save_file({**whole, "memlayers.stream.more": torch.zeros(1)}, path)
     with pytest.raises(ValueError, match=says(str(path), "'memlayers.stream.more' does not belong")):
-        load(saved)
+        load(saved, verify=False)
     save_file({**whole, name: torch.zeros(7, 32)}, path)
     with pytest.raises(ValueError, match=says(str(path), name, "(7, 32)", "(2, 32)")):
-        load(saved)
+        load(saved, verify=False)
+    for dtype in (torch.int64, torch.bool, torch.complex64):
+        save_file({**whole, name: torch.ones_like(whole[name], dtype=dtype)}, path)
+        with pytest.raises(ValueError, match=says(str(path), name, str(dtype))):
+            load(saved, verify=False)
 
 
 def test_a_checkpoint_for_another_base(saved):
@@ -137,16 +145,51 @@ def test_a_base_that_is_missing(saved):
     ("text", "parts"),
     [
         ("{", ["memory_config.json", "JSON"]),
-        ("[]", ["memory_config.json", "format: this field is required"]),
-        ('{"format": 1, "base": {}}', ["memory_config.json", "memories: this field is required"]),
+        ("[" * 200_000, ["memory_config.json", "nested too deeply"]),
+        ('{"a":' * 200_000, ["memory_config.json", "nested too deeply"]),
+        ("[]", ["memory_config.json", "mapping of fields"]),
+        ("{}", ["memory_config.json", "format: this field is required"]),
+        ("\xff\xfe", ["memory_config.json", "UTF-8"]),
+        ('{"format": 2, "base": {}}', ["memory_config.json", "memories: this field is required"]),
         ('{"format": 9, "base": {}, "memories": {}}', ["memory_config.json", "format: 9"]),
+        ('{"format": [2], "base": {}, "memories": {}}', ["memory_config.json", "format: [2]"]),
+        ('{"format": true, "base": {}, "memories": {}}', ["memory_config.json", "format: expected a number"]),
+        ('{"format": 2, "base": {}, "memory": {}}', ["memory_config.json", "'memories'", "memory:"]),
     ],
-    ids=["cut", "no_mapping", "no_memories", "newer_format"],
+    ids=[
+        *(
+            "cut",
+            "deep_lists",
+            "deep_mappings",
+            "no_mapping",
+            "empty",
+            "not_utf8",
+            "no_memories",
+            "newer_format",
+        ),
+        *("format_a_list", "format_true", "misspelt"),
+    ],
 )
 def test_a_config_file_that_is_wrong(saved, text, parts):
-    (saved / "memory_config.json").write_text(text)
-    with pytest.raises(ml.ConfigError, match=says(*parts)):
+    (saved / "memory_config.json").write_bytes(text.encode("latin-1"))
+    with pytest.raises(ValueError, match=says(*parts)):
+        load(saved, verify=False)
+    with pytest.raises(ValueError, match=says("memory_config.json")):
         load(saved)
+
+
+def test_a_byte_order_mark_before_a_config_is_none_of_its_text(saved):
+    path = saved / "memory_config.json"
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    load(saved)
+
+
+def test_a_config_that_was_changed_by_hand(saved):
+    path = saved / "memory_config.json"
+    path.write_text(path.read_text().replace('"segment_length": 5', '"segment_length": 7'))
+    with pytest.raises(DamagedFile, match=says(str(path), "checksum", "verify=False")):
+        load(saved)
+    assert ml.memories(load(saved, verify=False))["stream"].config.segment_length == 7
 
 
 def test_a_wrong_field_in_a_config_file(saved):
@@ -154,13 +197,44 @@ def test_a_wrong_field_in_a_config_file(saved):
     path = f"{saved / 'memory_config.json'}: memories.stream.n_token"
     with pytest.raises(ml.ConfigError, match=says(path, "did you mean 'n_tokens'?")):
         load(saved)
-    for wrong in ([], "tokens", {"stream": None}):
+    for wrong in ([], "tokens", {"stream": None}, {"stream": {"type": ["x"]}}, {"a.b": {"type": "tokens"}}):
         rewrite(saved, memories=wrong)
         with pytest.raises(ml.ConfigError, match=says("memory_config.json", "memories")):
             load(saved)
-    rewrite(saved, base=None, memories={})
-    with pytest.raises(ml.ConfigError, match=says("memory_config.json", "base")):
+    for wrong in (None, {"name_or_path": ["x"]}):
+        rewrite(saved, base=wrong, memories={})
+        with pytest.raises(ml.ConfigError, match=says("memory_config.json", "base")):
+            load(saved)
+    for wrong in ({"../x": "0"}, {"/etc/passwd": "0"}, {"memory.safetensors": 0}, []):
+        rewrite(saved, base={}, files=wrong)
+        with pytest.raises(ml.ConfigError, match=says("memory_config.json", "files")):
+            load(saved)
+
+
+def test_files_of_another_save_are_told_apart(saved, tmp_path):
+    """The memory of one, the config of the other: both are whole."""
+    other = llama().model()
+    with torch.no_grad():
+        ml.memories(other)["stream"].initial_memory.fill_(1.0)
+    ml.save(other, tmp_path / "other")
+    path = saved / "memory.safetensors"
+    path.write_bytes((tmp_path / "other/memory.safetensors").read_bytes())
+    with pytest.raises(DamagedFile, match=says(str(path), "another checkpoint or of another save")):
         load(saved)
+    assert (ml.memories(load(saved, verify=False))["stream"].initial_memory == 1.0).all()
+
+
+def test_a_checkpoint_without_checksums(saved):
+    """As they were written before there were any."""
+    config = read_json(saved / "memory_config.json")
+    del config["files"]
+    (saved / "memory_config.json").write_text(json.dumps({**config, "format": 1}))
+    save_file(load_file(saved / "memory.safetensors"), saved / "memory.safetensors")
+    with pytest.raises(ml.ConfigError, match=says("memory_config.json", "format: 1", "verify=False")):
+        load(saved)
+    loaded = load(saved, verify=False)
+    ml.save(loaded, saved)
+    load(saved)
 
 
 def test_no_pickle_is_ever_read(saved):

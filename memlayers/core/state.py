@@ -43,7 +43,10 @@ class MemoryState:
     trusted: frozenset[str] = frozenset()
 
     def __post_init__(self):
-        sizes = {t.shape[0] for part in self.fields.values() for t in part.values()}
+        tensors = [t for part in self.fields.values() for t in part.values()]
+        if any(t.dim() == 0 for t in tensors):
+            raise ValueError("the tensors of a MemoryState are batch-first; one of them has no dimension")
+        sizes = {t.shape[0] for t in tensors}
         if len(sizes) > 1:
             raise ValueError(f"the tensors of a MemoryState differ in batch size: {sorted(sizes)}")
         self.batch_size = sizes.pop() if sizes else None
@@ -166,8 +169,6 @@ class MemoryState:
         if metadata.get("format") not in (FORMAT, WITHOUT_CHECKSUMS):
             raise DamagedFile(f"{path} is a safetensors file but not a memory state (no format {FORMAT!r})")
         names, kinds = _names(path, tensors, metadata)
-        if any(tensor.dim() == 0 for tensor in tensors.values()):
-            raise DamagedFile(f"{path} holds a tensor without a batch; it is not a memory state")
         check_finite(path, tensors)
         # A copy, because a tensor of the file starts anywhere, and products of such round in another way.
         parts = {n: {f: tensors[f"{n}.{f}"].to(device, copy=True) for f in part} for n, part in names.items()}

@@ -5,7 +5,7 @@ from .locks import FolderInUse, holding_file, holding_folder
 from .ours import check_ours
 from .tensors import check_tensors, read_tensors, write_tensors
 from .texts import DamagedFile, read_json, read_text, write_json, write_text
-from .together import settle, together
+from .together import reading, settle, together
 from .whole import make_folder, sync_folder, sync_tree, telling, write_whole
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "read_json",
     "read_tensors",
     "read_text",
+    "reading",
     "settle",
     "sync_folder",
     "sync_tree",
