@@ -99,7 +99,7 @@ def odd(rng: random.Random) -> Any:
     for _ in range(rng.choice((5, 60, 5000))):
         deep = [deep]
     bomb: Any = ["x"] * 10
-    for _ in range(rng.choice((2, 9))):
+    for _ in range(rng.choice((2, 2, 2, 2, 9))):
         bomb = [bomb] * 10
     number = rng.choice((1, -1)) * 10 ** rng.choice((0, 1, 3, 6, 9, 12, 18, 19, 400, 5000))
     return rng.choice(
