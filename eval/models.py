@@ -1,19 +1,59 @@
-"""The three models of an evaluation: trained, its base, and the base with the same memory freshly initialised."""
+"""The three models that are measured beside each other: trained, its base, and the base with the same memory untrained."""
 
 from __future__ import annotations
 
 import copy
+import gc
+from collections.abc import Callable, Iterator
+from typing import Annotated, Literal
 
 import torch
+from pydantic import Field
 
 import memlayers as ml
 from memlayers.checkpoint import CONFIG, folder_of, read_config
+from memlayers.config import ConfigError
+from memlayers.core.model import max_positions
 from memlayers.errors import first_line
-from memlayers.eval.config import EvalConfig
-from memlayers.eval.plan import NO_MEMORY
+from memlayers.eval.experiment import ExperimentConfig, Progress, Record, Unique
+from memlayers.limits import MOST_TOKENS, Count, Seed, Tokens
 from memlayers.loading import load_causal_lm, load_tokenizer
 
 IN_MEMORY = "(in memory)"
+NO_MEMORY = "this model has no memory"
+STAGES = ("trained", "base", "untrained")
+ARMS = ("base", "base_truncated", "memory_disabled", "untrained", "trained")
+STAGE_OF = {"base": "base", "base_truncated": "base", "memory_disabled": "trained"}
+"""Arm -> the model that answers; the others are models themselves."""
+CONTROLS = ("no_needle", "shuffled_memory", "zeroed_memory", "question_only")
+Arm = Literal["base", "base_truncated", "memory_disabled", "untrained", "trained"]
+Control = Literal["no_needle", "shuffled_memory", "zeroed_memory", "question_only"]
+
+
+class ModelConfig(ExperimentConfig):
+    """What the experiments on a trained model share.
+
+    Attributes:
+        model: folder or hub id of a wrapped checkpoint (`memlayers.save`) or of a plain one.
+        base: the checkpoint of the base arms; default: the one recorded in the wrapped checkpoint, that is the original
+            one, also when the base was trained along.
+        tokenizer: default: the model's, else the base's.
+        arms: models to measure.
+        window: tokens of the truncated arms; default: the tokens that attention can reach in the wrapped model.
+        batch_size: rows of a batch.
+        margin: tokens generated past the answer's length.
+    """
+
+    model: str
+    base: str | None = None
+    tokenizer: str | None = None
+    arms: Annotated[list[Arm], Unique] = Field(list(ARMS))
+    window: Tokens | None = None
+    batch_size: Count = 64
+    margin: int = Field(4, ge=0, le=MOST_TOKENS)
+    seeds: Annotated[list[Seed], Unique] = Field([0], min_length=1)
+    device: str | None = None
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
 
 
 class FromCheckpoint:
@@ -24,8 +64,8 @@ class FromCheckpoint:
     Raises `FileNotFoundError` for a missing checkpoint or tokenizer.
     """
 
-    def __init__(self, config: EvalConfig) -> None:
-        self.config, self.missing = config, {}
+    def __init__(self, config: ModelConfig, seed: int) -> None:
+        self.config, self.seed, self.missing = config, seed, {}
         self.folder = folder_of(config.model)
         self.wrapped = (self.folder / CONFIG).is_file()
         self.base_is_model = not self.wrapped and config.base is None
@@ -63,9 +103,7 @@ class FromCheckpoint:
     def untrained(self):
         model = self.base()
         for name, block in read_config(self.folder)["memories"].items():
-            _attach_fresh(
-                model, ml.parse_memory_config(block, where=f"memories.{name}"), name, self.config.seed
-            )
+            _attach_fresh(model, ml.parse_memory_config(block, where=f"memories.{name}"), name, self.seed)
         return self._place(model)
 
     def _original(self) -> str | None:
@@ -86,10 +124,14 @@ class InMemory:
     Nothing of `model` or `base` changes: fresh memory goes onto a copy.
     """
 
-    def __init__(self, model, base, seed: int) -> None:
-        self._model, self._base, self.seed = model, base, seed
+    def __init__(self, model, tokenizer, base, seed: int) -> None:
+        self._model, self._tokenizer, self._base, self.seed = model, tokenizer, base, seed
         self.missing = {} if ml.memories(model) else {"untrained": NO_MEMORY}
         self.base_is_model = base is None and not ml.memories(model)
+
+    def tokenizer(self):
+        """The tokenizer of all three."""
+        return self._tokenizer
 
     def trained(self):
         return self._model
@@ -125,8 +167,37 @@ def _attach_fresh(model, config, name: str, seed: int) -> None:
         ml.attach(model, config, name=name)
 
 
-def describe(model) -> dict[str, str]:
-    """Where a model runs: device and dtype, for the report."""
-    weight = model.get_input_embeddings().weight
-    device = torch.cuda.get_device_name(weight.device) if weight.is_cuda else str(weight.device)
-    return {"device": device, "dtype": str(weight.dtype).removeprefix("torch.")}
+def from_checkpoint(measure: Callable[..., Iterator[Record]]):
+    """`run(config, seed, progress)` of an experiment whose `measure` takes the models of a checkpoint."""
+
+    def run(config: ModelConfig, seed: int, progress: Progress) -> Iterator[Record]:
+        yield from measure(config, FromCheckpoint(config, seed), seed, progress)
+
+    return run
+
+
+def stages(models, wanted=STAGES, trained=None) -> Iterator[tuple[str, object]]:
+    """(stage, model) of the models that there are, one after the other, so that one is in memory at a time.
+
+    trained: the trained model where it is loaded already.
+    """
+    for stage in STAGES:
+        if stage in models.missing or stage not in wanted:
+            continue
+        model = trained if stage == "trained" and trained is not None else getattr(models, stage)()
+        trained = None
+        yield stage, model
+        del model
+        gc.collect()
+
+
+def window_of(config: ModelConfig, model) -> int:
+    """Tokens of the truncated arms. Raises `ConfigError` where no window is known, or it is past the positions."""
+    window, positions = config.window or ml.window(model), max_positions(model)
+    if not window:
+        raise ConfigError(
+            "window: the model's config names no limit of positions; give the window of the truncated arms"
+        )
+    if positions is not None and window > positions:
+        raise ConfigError(f"window: {window} tokens are more than the model's {positions} positions.")
+    return window

@@ -1,9 +1,9 @@
-"""What an evaluation leaves in a folder: reports, rows, tables and pictures, all of one measurement or none of it."""
+"""What an evaluation leaves in a folder: records, reports and pictures, all of one measurement or none of it."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from memlayers.config import ConfigError
@@ -19,26 +19,22 @@ from memlayers.files import (
     write_text,
 )
 
-REPORT, SAMPLES, WRITTEN = "report.json", "samples.jsonl", ".memlayers.json"
+RECORDS, REPORT, WRITTEN = "records.jsonl", "report.json", ".memlayers.json"
 """The last one lists the files that an evaluation wrote into a folder, with their checksums."""
-Pictures = Mapping[str, Callable[[Path], None]]
-"""Names of files to what draws them at a path."""
 
 
 def write_output(
     folder: str | Path,
     texts: Mapping[str, str],
-    pictures: Pictures | None = None,
+    pictures: Mapping[str, bytes] | None = None,
     report: dict | None = None,
-    samples: Sequence[dict] | None = None,
 ) -> None:
     """Write files into `folder`, all of them or, when anything fails, none.
 
     Args:
         texts: contents by name of file, such as `report.md`.
-        pictures: likewise what is drawn.
+        pictures: likewise the bytes of PNGs.
         report: for report.json.
-        samples: the rows of samples.jsonl; the report then has their checksum.
 
     Raises:
         FileExistsError: a file of such a name is there that no evaluation wrote.
@@ -48,13 +44,8 @@ def write_output(
     with together(folder) as change:
         for name, text in texts.items():
             write_text(change.new / name, text)
-        for name, draw in (pictures or {}).items():
-            draw(change.new / name)
-        if samples is not None:
-            write_text(
-                change.new / SAMPLES, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in samples)
-            )
-            report = {**(report or {}), "samples_checksum": file_checksum(change.new / SAMPLES)}
+        for name, data in (pictures or {}).items():
+            (change.new / name).write_bytes(data)
         if report is not None:
             write_json(change.new / REPORT, report)
         new = {path.name: file_checksum(path) for path in sorted(change.new.iterdir())}
@@ -63,7 +54,7 @@ def write_output(
         write_json(change.new / WRITTEN, {"files": {**before, **new}})
 
 
-def check_output(folder: str | Path, names: Sequence[str] = (REPORT, SAMPLES)) -> None:
+def check_output(folder: str | Path, names: Sequence[str]) -> None:
     """Before a long measurement: raise FileExistsError where its files could not be written for those of others."""
     folder = Path(folder)
     if folder.is_dir():
@@ -71,8 +62,8 @@ def check_output(folder: str | Path, names: Sequence[str] = (REPORT, SAMPLES)) -
         check_ours(folder, names, _written(folder))
 
 
-def read_report(path: str | Path) -> dict:
-    """What a report.json holds; one of an earlier version has no checksum and is taken as it is.
+def read_written(path: str | Path) -> str:
+    """The text of a file that an evaluation wrote.
 
     Raises:
         FileNotFoundError: it is not there.
@@ -80,16 +71,32 @@ def read_report(path: str | Path) -> dict:
     """
     path = Path(path)
     settle(path.parent)
-    return read_json(path, required=False)
-
-
-def read_samples(folder: Path, report: dict) -> list[dict]:
-    """The rows of the samples.jsonl that belongs to a report; raises as `read_report`."""
-    path = folder / SAMPLES
-    recorded = report.get("samples_checksum")
+    recorded = _written(path.parent).get(path.name)
     if recorded is not None and file_checksum(path) != recorded:
-        raise DamagedFile(f"{path}: not as it was written with {folder / REPORT}; measure again")
-    return [json.loads(line) for line in read_text(path).split("\n") if line]
+        raise DamagedFile(f"{path}: not as it was written; take a copy that is whole, or measure again")
+    return read_text(path)
+
+
+def read_records(folder: str | Path) -> tuple[dict, list[dict]]:
+    """The first line of a run's records.jsonl, which says what was measured, and its records.
+
+    Raises:
+        FileNotFoundError: no run wrote there.
+        DamagedFile: records.jsonl is not as it was written.
+    """
+    path = Path(folder) / RECORDS
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{folder}: no {RECORDS} is there; measure with memlayers eval --out {folder}"
+        )
+    try:
+        head, *records = [json.loads(line) for line in read_written(path).split("\n") if line]
+        head["experiment"], head["config"], head["config_hash"], head["seeds"]
+    except DamagedFile:
+        raise
+    except (ValueError, KeyError, TypeError) as error:
+        raise DamagedFile(f"{path}: is no file of records ({error}); measure again") from None
+    return head, records
 
 
 def _written(folder: Path) -> dict[str, str]:

@@ -1,169 +1,182 @@
-"""What is asked of which model: every arm and control of every suite, regime and length, run or not run and why."""
+"""Which arm and control is asked under which condition, on the same items; what cannot be asked, and why."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 
 import memlayers as ml
 from memlayers.core.model import max_positions, reach, stateful
-from memlayers.eval.config import EvalConfig
-from memlayers.eval.regimes import Asker, Predictions
-from memlayers.eval.suites import Items
+from memlayers.eval.experiment import Progress
+from memlayers.eval.models import NO_MEMORY, ModelConfig, stages
+from memlayers.eval.probes import STATE_CONTROLS, Prober
+from memlayers.tasks import Sample
 
-STATE_CONTROLS = ("shuffled_memory", "zeroed_memory")
+INDICES_PER_LENGTH = 1_000_000
+"""Random streams of items of one length."""
 
 
 @dataclass(frozen=True)
-class Job:
-    """Answers of one model for one suite and length.
+class Items:
+    """The haystacks of one cell, in a fixed order.
 
-    stage: the model: "trained", "base" or "untrained". regimes: the regimes whose cells the answers fill
-    (arms that read the same input in every regime are asked once). names: arms or controls, in the order in
-    which `ask` returns their predictions. n_answers: for the progress bar.
+    Attributes:
+        keys: of their records, such as the suite and the number of pairs.
+        conditions: that they are asked under.
+        length: tokens of context, question and answer.
+        samples: with their needles.
+        empty: the same items without the needles that are asked for.
+        not_run: why there are none, else None.
     """
+
+    keys: dict
+    conditions: Sequence[str]
+    length: int
+    samples: list[Sample] = field(default_factory=list)
+    empty: list[Sample] = field(default_factory=list)
+    not_run: str | None = None
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What one arm or control answered to all items of a cell under one condition, or why it was not asked.
+
+    Attributes:
+        predictions: one list a haystack, see the prober.
+        state_bytes: of the state of one haystack, under memory_only.
+    """
+
+    items: Items
+    condition: str
+    arm: str
+    predictions: list | None = None
+    not_run: str | None = None
+    state_bytes: int | None = None
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One reading of a cell: arms that read the same input under several conditions are asked once."""
 
     stage: str
-    suite: str
-    regimes: tuple[str, ...]
     items: Items
-    names: tuple[str, ...]
-    ask: Callable[[Asker], list[Predictions]]
-
-    @property
-    def n_answers(self) -> int:
-        return self.items.n_questions * len(self.names)
+    arms: tuple[str, ...]
+    conditions: tuple[str, ...]
+    kind: str  # whole | truncated | disabled | alone | memory | empty | empty memory
+    reason: str | None = None
 
 
-@dataclass(frozen=True)
-class Skipped:
-    """An arm or control that cannot be run in a cell, and why."""
+def ask_all(
+    config: ModelConfig,
+    models,
+    trained,
+    window: int,
+    cells: Sequence[Items],
+    progress: Progress,
+    prober: type[Prober] = Prober,
+) -> Iterator[Answers]:
+    """Every arm and control of `config` on every cell, model after model.
 
-    suite: str
-    regime: str
-    length: int
-    name: str
-    reason: str
-
-
-class Plan:
-    """Jobs and skipped cells of an evaluation.
-
-    config: arms, controls and regimes. suites: name -> items per length. trained: the model that is measured.
-    window: tokens the cut arms see. missing: stages without a model -> reason.
+    Args:
+        config: with `arms` and `controls`.
+        trained: the trained model, loaded.
+        window: tokens that the truncated arms see.
     """
+    jobs = [job for items in cells for job in _jobs(config, models, trained, items)]
+    bar = progress(total=sum(len(job.arms) for job in jobs if job.reason is None), desc="cells", unit="cell")
+    yield from (
+        answer for job in jobs if job.reason is not None for answer in _answers(job, reason=job.reason)
+    )
+    runnable = [job for job in jobs if job.reason is None]
+    for stage, model in stages(models, {job.stage for job in runnable}, trained):
+        asking = prober(model, models.tokenizer(), config.batch_size, config.margin)
+        for job in runnable:
+            if job.stage != stage:
+                continue
+            try:
+                yield from _answers(job, _ask(asking, job, window), asking.state_bytes)
+            except ValueError as error:
+                if "positions" not in str(error):
+                    raise
+                yield from _answers(job, reason=str(error))
+            bar.update(len(job.arms))
+        del asking, model
+    bar.close()
 
-    def __init__(
-        self,
-        config: EvalConfig,
-        suites: dict[str, list[Items]],
-        trained,
-        window: int,
-        missing: dict[str, str],
-    ) -> None:
-        self.config, self.window, self.missing = config, window, missing
-        self.positions, self.remembers = max_positions(trained), bool(stateful(trained))
-        self.windowed = reach(trained) is not None
-        self.reach = ml.window(trained)
-        self.jobs: list[Job] = []
-        self.skipped: list[Skipped] = []
-        for suite, per_length in suites.items():
-            for items in per_length:
-                self._cut_and_whole(suite, items)
-                for regime in config.suites[suite].regimes:
-                    self._with_memory(suite, regime, items)
 
-    def _cut_and_whole(self, suite: str, items: Items) -> None:
-        """Arms and controls that do not depend on the regime."""
+def _jobs(config: ModelConfig, models, trained, items: Items) -> Iterator[_Job]:
+    arms, controls, conditions = config.arms, config.controls, tuple(items.conditions)
+    too_long = _too_long(trained, items.length)
 
-        def cut(asker: Asker) -> list[Predictions]:
-            return [asker.in_one_call(items.samples, last=window)]
+    def job(stage: str, names: tuple[str, ...], where: tuple[str, ...], kind: str, reason: str | None = None):
+        return _Job(stage, items, names, where, kind, items.not_run or models.missing.get(stage) or reason)
 
-        def alone(asker: Asker) -> list[Predictions]:
-            return [asker.question_only(items.samples)]
-
-        regimes, window, whole = self._regimes(suite), self.window, self._too_long(items.length)
-        if "base" in self.config.arms:
-            self._add(
-                "base", suite, regimes, items, ("base",), whole, lambda a: [a.in_one_call(items.samples)]
-            )
-        if "base_cut" in self.config.arms:
-            self._add("base", suite, regimes, items, ("base_cut",), None, cut)
-        if "memory_off" in self.config.arms:
-            reason = None if self.missing.get("untrained") != NO_MEMORY else NO_MEMORY
-            self._add("trained", suite, regimes, items, ("memory_off",), reason, lambda a: _disabled(a, cut))
-        if "question_only" in self.config.controls:
-            self._add("trained", suite, regimes, items, ("question_only",), None, alone)
-
-    def _with_memory(self, suite: str, regime: str, items: Items) -> None:
-        arms, controls, reason = self.config.arms, self.config.controls, self._reason(regime, items)
+    if "base" in arms:
+        yield job("base", ("base",), conditions, "whole", too_long)
+    if "base_truncated" in arms:
+        yield job("base", ("base_truncated",), conditions, "truncated")
+    if "memory_disabled" in arms:
+        reason = NO_MEMORY if models.missing.get("untrained") == NO_MEMORY else None
+        yield job("trained", ("memory_disabled",), conditions, "disabled", reason)
+    if "question_only" in controls:
+        yield job("trained", ("question_only",), conditions, "alone")
+    for condition in conditions:
+        reason = _why_not(trained, condition, items.length)
+        memory = condition == "memory_only"
         for stage in ("trained", "untrained"):
             swaps = tuple(c for c in STATE_CONTROLS if c in controls) if stage == "trained" else ()
             names = (stage,) if stage in arms else ()
-            for control in swaps if regime != "D" else ():
-                self._skip(suite, regime, items, control, f"regime {regime} keeps no state to exchange")
-            if regime == "D" and len(items.samples) == 1 and "shuffled_memory" in swaps:
-                self._skip(
-                    suite, regime, items, "shuffled_memory", "there is no second haystack to exchange with"
-                )
-                swaps = swaps[1:]
-            names += swaps if regime == "D" else ()
+            if memory and len(items.samples) == 1 and "shuffled_memory" in swaps:
+                swaps = tuple(c for c in swaps if c != "shuffled_memory")
+                alone = "there is no second haystack to exchange with"
+                yield job("trained", ("shuffled_memory",), (condition,), "memory", alone)
+            names += swaps if memory else ()
+            if swaps and not memory:
+                none = f"{condition} keeps no state to exchange"
+                yield _Job("trained", items, swaps, (condition,), "memory", none)
             if names:
-                self._add(stage, suite, (regime,), items, names, reason, _ask(regime, items.samples, names))
+                yield job(stage, names, (condition,), "memory" if memory else "whole", reason)
         if "no_needle" in controls:
-            self._add(
-                "trained",
-                suite,
-                (regime,),
-                items,
-                ("no_needle",),
-                reason,
-                _ask(regime, items.empty, ("no_needle",)),
-            )
-
-    def _reason(self, regime: str, items: Items) -> str | None:
-        """Why the measured model cannot be asked in `regime` at this length; None if it can."""
-        if regime == "F":
-            if self.windowed and items.length > self.reach:
-                return f"{items.length} tokens do not fit in attention, which reaches {self.reach} tokens with memory"
-            return self._too_long(items.length)
-        if not self.remembers:
-            return f"regime {regime} needs a memory that keeps a state, and this model has none"
-        if not self.windowed and regime == "W":
-            return "regime W needs a memory with segment_length or sliding_window; here attention reaches the whole text"
-        return None if self.windowed else self._too_long(items.length)
-
-    def _too_long(self, length: int) -> str | None:
-        if self.positions is not None and length > self.positions:
-            return f"{length} tokens are longer than the model's {self.positions} positions"
-        return None
-
-    def _regimes(self, suite: str) -> tuple[str, ...]:
-        return tuple(self.config.suites[suite].regimes)
-
-    def _add(self, stage, suite, regimes, items, names, reason, ask) -> None:
-        reason = items.not_run or self.missing.get(stage) or reason
-        if reason is None:
-            self.jobs.append(Job(stage, suite, tuple(regimes), items, names, ask))
-            return
-        for regime in regimes:
-            for name in names:
-                self._skip(suite, regime, items, name, reason)
-
-    def _skip(self, suite: str, regime: str, items: Items, name: str, reason: str) -> None:
-        self.skipped.append(Skipped(suite, regime, items.length, name, reason))
+            yield job("trained", ("no_needle",), (condition,), "empty memory" if memory else "empty", reason)
 
 
-NO_MEMORY = "this model has no memory"
+def _ask(prober: Prober, job: _Job, window: int) -> list[list]:
+    """The predictions of each arm of a job."""
+    samples = job.items.empty if job.kind.startswith("empty") else job.items.samples
+    if job.kind.endswith("memory"):
+        return prober.from_memory(samples, [arm if arm in STATE_CONTROLS else None for arm in job.arms])
+    if job.kind == "alone":
+        return [prober.question_only(samples)]
+    if job.kind == "disabled":
+        with ml.disabled(prober.model):
+            return [prober.in_one_call(samples, last=window)]
+    return [prober.in_one_call(samples, last=window if job.kind == "truncated" else None)]
 
 
-def _ask(regime: str, samples, names: tuple[str, ...]) -> Callable[[Asker], list[Predictions]]:
-    if regime == "D":
-        changes = [name if name in STATE_CONTROLS else None for name in names]
-        return lambda asker: asker.from_memory(samples, changes)
-    return lambda asker: [asker.in_one_call(samples)]
+def _answers(job: _Job, answers=None, state_bytes: int = 0, reason: str | None = None) -> Iterator[Answers]:
+    for number, arm in enumerate(job.arms):
+        for condition in job.conditions:
+            predictions = None if answers is None else answers[number]
+            size = state_bytes if answers is not None and job.kind == "memory" and arm == job.stage else None
+            yield Answers(job.items, condition, arm, predictions, reason, size)
 
 
-def _disabled(asker: Asker, ask: Callable[[Asker], list[Predictions]]) -> list[Predictions]:
-    with ml.disabled(asker.model):
-        return ask(asker)
+def _why_not(trained, condition: str, length: int) -> str | None:
+    """Why the measured model cannot be asked under `condition` at this length; None if it can."""
+    windowed, attention = reach(trained) is not None, ml.window(trained)
+    if condition == "full_context":
+        if windowed and length > attention:
+            return f"{length} tokens do not fit in attention, which reaches {attention} tokens with memory"
+        return _too_long(trained, length)
+    if not stateful(trained):
+        return f"{condition} needs a memory that keeps a state, and this model has none"
+    if not windowed and condition == "sliding_window":
+        return "sliding_window needs a memory with segment_length or sliding_window; here attention reaches the whole text"
+    return None if windowed else _too_long(trained, length)
+
+
+def _too_long(trained, length: int) -> str | None:
+    positions = max_positions(trained)
+    if positions is not None and length > positions:
+        return f"{length} tokens are longer than the model's {positions} positions"
+    return None

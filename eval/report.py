@@ -1,245 +1,321 @@
-"""From answers to report.json, samples.jsonl, report.md and heatmaps."""
+"""From records to what a person reads: tables with intervals, warnings, report.md, report.html and report.json."""
 
 from __future__ import annotations
 
-import functools
-from collections import defaultdict
-from pathlib import Path
+import base64
+import html
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
-from memlayers.eval.config import ARMS, CONTROLS, REGIMES, EvalConfig
-from memlayers.eval.output import write_output
-from memlayers.eval.statistics import holm, mcnemar, paired_bootstrap, wilson
-from memlayers.eval.suites import facts_report, mqar_report
+from memlayers.eval.experiment import Experiment, Gains, Picture, Record, Table, View
+from memlayers.eval.statistics import above_chance, gain, holm
 
-Key = tuple[str, str, int, str]  # suite, regime, length, arm or control
+LEAK = 0.01
+"""A control that is right more often than guessing with a smaller p (Holm over all controls) is a warning."""
+NOT_RUN = "not run"
+STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:72em;margin:2em auto;padding:0 1em;color:#222}
+table{border-collapse:collapse;margin:1em 0;font-variant-numeric:tabular-nums}td,th{border:1px solid #ccc;padding:.25em .6em;
+text-align:left}th{background:#f4f4f4}img{max-width:100%}.warning{background:#fff0d8;padding:.5em 1em;border-left:4px solid
+#d90}footer{color:#777;font-size:.9em}"""
 
 
-def build_report(
-    config: EvalConfig,
-    window: int,
-    lengths: dict[str, list[int]],
-    records: dict[Key, list[dict]],
-    skipped: dict[Key, str],
-) -> dict:
-    """The contents of report.json, but for `versions` and `wall_s`.
+def pandas():
+    """The module, which tables are made with.
 
-    lengths: suite -> its lengths in tokens. records: one row a question, for each arm or control of a cell;
-    the rows of all arms of a cell are about the same questions in the same order. skipped: why a cell was not
-    run.
-
-    results[suite][regime][length][arm] = {n, accuracy, ci_low, ci_high} (Wilson) or {not_run: reason};
-    controls the same; substring: RULER's score in the same places; cells[suite][regime][length][arm][depth]:
-    the length × depth grid; gain[suite][regime][length]: trained − base_cut with a paired bootstrap interval
-    over haystacks, McNemar's exact p and Holm's adjustment over all gains of the report.
+    Raises:
+        ImportError: one line that names the extra.
     """
-    report: dict = {name: {} for name in ("results", "controls", "substring", "cells", "gain")}
-    for suite, suite_config in config.haystacks.items():
-        for regime in suite_config.regimes:
-            for length in lengths[suite]:
-                for group, names in (("results", config.arms), ("controls", config.controls)):
-                    for name in names:
-                        key = (suite, regime, length, name)
-                        rows = records.get(key)
-                        cell = interval(rows) if rows else {"not_run": skipped[key]}
-                        _put(report[group], key, cell)
-                        if rows:
-                            _put(report["substring"], key, sum(row["substring"] for row in rows) / len(rows))
-                            _put(report["cells"], key, _by_depth(rows))
-                gain = _gain(suite, regime, length, records, config)
-                if gain:
-                    report["gain"].setdefault(suite, {}).setdefault(regime, {})[str(length)] = gain
-    gains = [cell for regimes in report["gain"].values() for by in regimes.values() for cell in by.values()]
-    for cell, p in zip(gains, holm([cell["p_mcnemar"] for cell in gains])):
+    try:
+        import pandas
+        import tabulate  # noqa: F401, for DataFrame.to_markdown
+    except ImportError as error:
+        raise ImportError(
+            f"{error.name} is not installed, reports need it: pip install 'memlayers[eval]'"
+        ) from None
+    return pandas
+
+
+@dataclass(frozen=True)
+class Section:
+    """A heading, sentences, and a table or a picture under it."""
+
+    title: str
+    text: str = ""
+    frame: object = None
+    picture: str | None = None
+
+
+def to_frame(records: Sequence[Record], run: str = ""):
+    """A DataFrame of records; `cluster` tells units apart, those of two seeds or runs are two."""
+    frame = pandas().DataFrame(records, dtype=object)
+    frame["cluster"] = [f"{run}:{row['seed']}:{row.get('unit', '')}" for row in records]
+    for column in ("not_run", "unit", "item"):
+        if column not in frame:
+            frame[column] = None
+    return frame if not run else frame.assign(run=run)
+
+
+def select(frame, keys: Sequence[str], where: Mapping[str, Sequence]):
+    """The records that a view shows, those of unknown `keys` left out; the keys in order: as in `where`, numbers from the
+    smallest, else as they come."""
+    for key in {*keys, *where} - {*frame.columns}:
+        frame = frame.assign(**{key: None})
+    for key, values in where.items():
+        frame = frame[frame[key].isin(values)]
+    frame = frame[frame[list(keys)].notna().all(axis=1)] if keys else frame
+    columns = {}
+    for key in keys:
+        there = list(dict.fromkeys(frame[key]))
+        if key in where:
+            there = [value for value in where[key] if value in there]
+        elif all(isinstance(value, int | float) for value in there):
+            there = sorted(there)
+        columns[key] = pandas().Categorical(frame[key], categories=there, ordered=True)
+    return frame.assign(**columns)
+
+
+def groups(frame, keys: Sequence[str]) -> Iterator[tuple[dict, object]]:
+    """({key: value}, records) for each combination that is there, in the order of the keys."""
+    if not keys:
+        yield {}, frame
+        return
+    for values, part in frame.groupby(list(keys), observed=True, sort=True):
+        yield {key: getattr(value, "item", lambda v=value: v)() for key, value in zip(keys, values)}, part
+
+
+def view_keys(view: View, frame) -> tuple[str, ...]:
+    """The keys of a view's cells; several runs are told apart first."""
+    run = ("run",) if "run" in frame and frame["run"].nunique() > 1 else ()
+    if isinstance(view, Picture):
+        others = [getattr(view, name, None) for name in ("hue", "y")]
+        return (*view.by, *view.panels, *run, view.x, *filter(None, others))
+    cols = getattr(view, "cols", None)
+    return (*view.by, *run, *view.rows, *filter(None, [cols]))
+
+
+def cells_of(experiment: Experiment, frame, view: View, resamples: int) -> list[dict]:
+    """A dict for each cell of a table or a picture: its keys, `metric`, and the estimate with `by_seed`; or `not_run`."""
+    keys, cells = view_keys(view, frame), []
+    shown = select(frame, keys, view.where)
+    seeds = sorted(set(shown["seed"]))
+    drawn_from = seeds[0] if len(seeds) == 1 else 0
+    for name in view.metrics:
+        metric = experiment.metric(name)
+        if metric.field not in shown:
+            continue
+        for at, part in groups(shown[shown[metric.field].notna()], keys):
+            cell = {**at, "metric": name, **metric.estimate(part, resamples, drawn_from)}
+            if len(seeds) > 1:
+                each = {seed: metric.estimate(of, 100, 0)["value"] for seed, of in part.groupby("seed")}
+                cell["by_seed"] = {str(seed): value for seed, value in each.items()}
+            cells.append(cell)
+    there = [{key: cell[key] for key in keys} for cell in cells]
+    for at, part in groups(shown[shown["not_run"].notna()], keys):
+        if at not in there:
+            cells.append({**at, "metric": view.metrics[0], "not_run": part["not_run"].iloc[0]})
+    return cells
+
+
+def gains_of(experiment: Experiment, frame, view: Gains, resamples: int) -> list[dict]:
+    """A dict for each arm and cell of a table of gains; Holm's adjustment over all of them."""
+    metric, key, cells = experiment.metric(view.metrics[0]), experiment.compared, []
+    keys = view_keys(view, frame)
+    shown = select(frame, keys, view.where)
+    shown = shown[shown[metric.field].notna()] if metric.field in shown else shown[:0]
+    seeds = sorted(set(shown["seed"]))
+    arms = view.of or [a for a in dict.fromkeys(shown[key]) if a not in (view.over, *experiment.controls)]
+    for at, part in groups(shown, keys):
+        base = part[part[key] == view.over]
+        for arm in arms:
+            own, other = on_the_same_items(part[part[key] == arm], base, experiment)
+            if len(own):
+                found = gain(own, other, metric.field, resamples, seeds[0] if len(seeds) == 1 else 0)
+                cells.append({**at, key: arm, "over": view.over, "metric": metric.name, **found})
+    return with_holm(cells)
+
+
+def with_holm(cells: list[dict]) -> list[dict]:
+    """The cells with `p_holm` beside every `p`."""
+    tested = [cell for cell in cells if "p" in cell]
+    for cell, p in zip(tested, holm([cell["p"] for cell in tested])):
         cell["p_holm"] = p
-    report["config"] = {**config.model_dump(), "window": window}
-    return report
+    return cells
 
 
-def interval(rows: list[dict]) -> dict:
-    """Accuracy of `rows` with Wilson's 95 % interval."""
-    correct = sum(row["correct"] for row in rows)
-    low, high = wilson(correct, len(rows))
-    return {"n": len(rows), "accuracy": correct / len(rows), "ci_low": low, "ci_high": high}
+def on_the_same_items(first, second, experiment: Experiment, compared: bool = True):
+    """The records of two arms about the same items, in the same order: two frames of one length.
+
+    compared: the arms differ in the key that the experiment compares; else in the run.
+    """
+    keys = [k for k in experiment.keys if k in first and not (compared and k == experiment.compared)]
+    ident = [*keys, "seed", *(["run"] if compared and "run" in first else []), "unit", "item"]
+    numbered = [part.assign(**{k: part[k].astype(str) for k in ident}) for part in (first, second)]
+    a, b = (part.set_index(ident) for part in numbered)
+    if a.index.has_duplicates or b.index.has_duplicates:
+        raise ValueError(f"records of one arm name an item twice: {', '.join(ident)} must tell them apart")
+    both = [at for at in a.index if at in b.index]
+    return a.loc[both], b.loc[both]
 
 
-def _by_depth(rows: list[dict]) -> dict[str, dict]:
-    by_depth = defaultdict(list)
-    for row in rows:
-        by_depth[row["depth"]].append(row)
-    return {str(depth): interval(by_depth[depth]) for depth in sorted(by_depth)}
-
-
-def _gain(
-    suite: str, regime: str, length: int, records: dict[Key, list[dict]], config: EvalConfig
-) -> dict | None:
-    trained, cut = (records.get((suite, regime, length, arm)) for arm in ("trained", "base_cut"))
-    if not trained or not cut:
-        return None
-    differences = [int(a["correct"]) - int(b["correct"]) for a, b in zip(trained, cut, strict=True)]
-    bounds = paired_bootstrap(
-        differences, [row["haystack"] for row in trained], resamples=config.resamples, seed=config.seed
-    )
-    return {
-        "n": len(differences),
-        "gain": sum(differences) / len(differences),
-        "ci_low": bounds[0] if bounds else None,
-        "ci_high": bounds[1] if bounds else None,
-        "p_mcnemar": mcnemar([row["correct"] for row in trained], [row["correct"] for row in cut]),
-    }
-
-
-def _put(tree: dict, key: Key, value) -> None:
-    suite, regime, length, name = key
-    tree.setdefault(suite, {}).setdefault(regime, {}).setdefault(str(length), {})[name] = value
-
-
-def write_report(report: dict, samples: list[dict], folder: Path) -> None:
-    """Writes report.json, samples.jsonl, report.md and `<suite>.png` into `folder`; raises as `write_output`."""
-    pictures = {f"{suite}.png": functools.partial(heatmap, report, suite) for suite in report["results"]}
-    for kind, module in (("facts", facts_report), ("mqar", mqar_report)):
-        for suite, block in report.get(kind, {}).items():
-            pictures[f"{suite}.png"] = functools.partial(module.picture, suite, block)
-    write_output(folder, {"report.md": markdown(report)}, pictures, report, samples)
-
-
-def heatmap(report: dict, suite: str, path: str | Path) -> None:
-    """A PNG picture: length × depth, trained beside base_cut, accuracy as colour and number, n in each cell."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    regimes, arms = report["results"][suite], ("trained", "base_cut")
-    lengths = list(next(iter(regimes.values())))
-    depths = [str(depth) for depth in sorted(report["config"]["suites"][suite]["depths"])]
-    size = (2 * (1.6 + 0.85 * len(lengths)), len(regimes) * (1.3 + 0.55 * len(depths)))
-    figure = Figure(figsize=size, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(len(regimes), 2, squeeze=False)
-    for row, regime in zip(axes, regimes):
-        for ax, arm in zip(row, arms):
-            grid = [
-                [
-                    report["cells"].get(suite, {}).get(regime, {}).get(n, {}).get(arm, {}).get(d)
-                    for n in lengths
-                ]
-                for d in depths
-            ]
-            values = [[float("nan") if cell is None else cell["accuracy"] for cell in line] for line in grid]
-            image = ax.imshow(values, vmin=0, vmax=1, cmap="viridis", aspect="auto")
-            for y, line in enumerate(grid):
-                for x, cell in enumerate(line):
-                    text = "not run" if cell is None else f"{cell['accuracy']:.2f}\nn={cell['n']}"
-                    colour = "white" if cell is not None and cell["accuracy"] < 0.6 else "black"
-                    ax.text(x, y, text, ha="center", va="center", fontsize=7, color=colour)
-            ax.set_xticks(range(len(lengths)), lengths)
-            ax.set_yticks(range(len(depths)), depths)
-            ax.set_xlabel("length (tokens)")
-            ax.set_ylabel("depth (0 = start)")
-            ax.set_title(f"{arm}, regime {regime}", fontsize=9)
-    figure.colorbar(image, ax=axes, label="exact match")
-    figure.suptitle(f"{suite}, window {report['config']['window']} tokens", fontsize=10)
-    figure.savefig(path, format="png", dpi=120)
-
-
-def markdown(report: dict) -> str:
-    """The report as tables for a person."""
-    config = report["config"]
-    lines = [
-        f"# What {config['model']} remembers",
-        "",
-        f"Window: {config['window']} tokens. Seed {config['seed']}.",
-    ]
-    if report["results"]:
-        lines[-1] += (
-            " Exact match of the first span of the expected type, with Wilson 95 % intervals. Lengths count "
-            "context, question and answer in tokens of the model's tokenizer."
+def warnings_of(experiment: Experiment, frame) -> list[str]:
+    """What a reader must not overlook: controls that are right more often than by chance, states that grow."""
+    told, found = [], []
+    share = experiment.metrics[0]
+    if experiment.controls and share.field in frame:
+        shown = select(
+            frame, [k for k in experiment.keys if k in frame], {experiment.compared: experiment.controls}
         )
-    if any(block.get("task", {}).get("n_questions", 1) > 1 for block in config["suites"].values()):
-        lines += [
-            "",
-            "Questions about one haystack are not independent: the gain's intervals draw whole haystacks.",
-        ]
-    for suite, regimes in report["results"].items():
-        for regime, cells in regimes.items():
-            lines += ["", f"## {suite}, regime {regime}: {REGIMES[regime]}", ""]
-            lines += _table(cells, [arm for arm in ARMS if arm in config["arms"]])
-            controls = [name for name in CONTROLS if name in config["controls"]]
-            if controls:
-                lines += ["", "Controls (share answered with a key that should not be known):", ""]
-                lines += _table(report["controls"][suite][regime], controls)
-            lines += _gain_table(report["gain"].get(suite, {}).get(regime, {}))
-            lines += _substring_line(report["substring"].get(suite, {}).get(regime, {}))
-            lines += _reasons({**cells}, report["controls"].get(suite, {}).get(regime, {}))
-    for suite, block in report.get("facts", {}).items():
-        lines += facts_report.markdown(suite, block)
-    for suite, block in report.get("mqar", {}).items():
-        lines += mqar_report.markdown(suite, block, config)
-    if "perplexity" in report:
-        lines += _perplexity_table(report["perplexity"], config["perplexity"])
-    versions = ", ".join(f"{name} {value}" for name, value in report["versions"].items())
-    lines += ["", f"{versions}. {report['wall_s']:.0f} s.", ""]
-    return "\n".join(lines)
+        keys = [k for k in experiment.keys if k in frame and k != "depth"]
+        for at, part in groups(shown[shown[share.field].notna()], keys):
+            cell, chance = share.estimate(part, 100, 0), float(part.get("chance", 0 * part["seed"]).max())
+            p = above_chance(round(cell["value"] * cell["units"]), cell["units"], chance)
+            found.append((at, cell, chance, p))
+    for (at, cell, chance, _), p in zip(found, holm([each[-1] for each in found])):
+        if p < LEAK and cell["value"] > chance:
+            place = ", ".join(f"{key} {value}" for key, value in at.items())
+            told.append(
+                f"{place}: right at {cell['value']:.3f} [{cell['low']:.3f}, {cell['high']:.3f}], where guessing gives "
+                f"{chance:.3f}. This control must not know the answer: something other than the memory's state carries it."
+            )
+    return told + _growing(frame)
 
 
-def _table(cells: dict, names: list[str]) -> list[str]:
-    lines = ["| length | " + " | ".join(names) + " |", "|" + "---|" * (len(names) + 1)]
-    for length, row in cells.items():
-        lines.append(f"| {length} | " + " | ".join(_cell(row[name]) for name in names) + " |")
-    return lines
-
-
-def _cell(cell: dict) -> str:
-    if "not_run" in cell:
-        return "not run"
-    return f"{cell['accuracy']:.3f} [{cell['ci_low']:.3f}, {cell['ci_high']:.3f}] n={cell['n']}"
-
-
-def _gain_table(gains: dict) -> list[str]:
-    if not gains:
+def _growing(frame) -> list[str]:
+    if "state_bytes" not in frame or "length" not in frame:
         return []
-    lines = [
-        "",
-        "Memory gain, trained − base_cut (paired bootstrap over haystacks; exact McNemar, Holm):",
-        "",
-    ]
-    lines += ["| length | gain | 95 % interval | p | p (Holm) |", "|---|---|---|---|---|"]
-    for length, cell in gains.items():
-        low, high = cell["ci_low"], cell["ci_high"]
-        bounds = "one haystack" if low is None else f"[{low:+.3f}, {high:+.3f}]"
-        p, adjusted = f"{cell['p_mcnemar']:.2g}", f"{cell['p_holm']:.2g}"
-        lines.append(f"| {length} | {cell['gain']:+.3f} | {bounds} | {p} | {adjusted} |")
-    return lines
+    sized, told = frame[frame["state_bytes"].notna()], []
+    for arm, part in sized.groupby("arm"):
+        sizes = part.groupby("length")["state_bytes"].max().sort_index()
+        if len(sizes) > 1 and sizes.iloc[-1] > 1.2 * sizes.iloc[0]:
+            (short, low), (long, high) = (
+                (int(n), int(size)) for n, size in (list(sizes.items())[i] for i in (0, -1))
+            )
+            told.append(
+                f"The state of {arm} grows with the text, from {low:,} bytes at {short} tokens to {high:,} at {long}: what it "
+                "recalls may be the text itself, kept where attention reaches it."
+            )
+    return told
 
 
-def _perplexity_table(cells: dict, block: dict) -> list[str]:
-    lines = [
-        "",
-        f"## Perplexity on unseen prose ({Path(block['file']).name}, {block['windows']} windows a sequence)",
-        "",
-    ]
-    lines += ["| arm | perplexity | 95 % interval | tokens |", "|---|---|---|---|"]
-    for arm, cell in cells.items():
+def table_of(experiment: Experiment, view: Table, cells: list[dict], several_runs: bool):
+    """A DataFrame of text: rows down, columns across, and what was counted."""
+    rows, columns = [*(["run"] if several_runs else []), *view.rows], []
+    lines: dict[tuple, dict[str, str]] = {}
+    for cell in cells:
+        at = tuple(cell[key] for key in rows)
+        line = lines.setdefault(at, dict(zip(rows, at)))
+        column = str(cell[view.cols]) if view.cols else cell["metric"]
+        columns += [column] if column not in columns else []
+        line[column] = cell_text(cell, experiment.metric(cell["metric"]).digits)
+        if "n" in cell:
+            n, units = cell["n"], cell["units"]
+            line["n"] = f"{n:,}" if n == units else f"{n:,} in {units:,} {experiment.unit}s"
+    if view.cols and view.cols in view.where:
+        columns = [str(value) for value in view.where[view.cols] if str(value) in columns]
+    frame = pandas().DataFrame(lines.values(), columns=[*rows, *columns, "n"])
+    return frame.fillna("–")
+
+
+def cell_text(cell: Mapping, digits: int, sign: str = "") -> str:
+    """`0.950 [0.921, 0.972] (0.940 to 0.960)`: value, 95 % interval, lowest to highest seed."""
+    if "not_run" in cell:
+        return NOT_RUN
+    form = f"{sign},.{digits}f"
+    text = format(cell["value"], form)
+    if cell["low"] is not None:
+        text += f" [{cell['low']:{form}}, {cell['high']:{form}}]"
+    each = list(cell.get("by_seed", {}).values())
+    return text + (f" ({min(each):{form}} to {max(each):{form}})" if len(each) > 1 else "")
+
+
+def gains_table(experiment: Experiment, cells: list[dict], keys: Sequence[str]):
+    """A DataFrame of text: an arm a line, what it has more, its interval and p-values."""
+    lines = []
+    for cell in cells:
+        line = {key: cell[key] for key in keys}
+        bounds = (
+            f"one {experiment.unit}" if cell["low"] is None else f"[{cell['low']:+.3f}, {cell['high']:+.3f}]"
+        )
+        line |= {"difference": f"{cell['value']:+.3f}", "95 % interval": bounds}
+        if "p" in cell:
+            line |= {"p": f"{cell['p']:.2g}", "p (Holm)": f"{cell['p_holm']:.2g}"}
+        lines.append({**line, "n": f"{cell['n']:,}"})
+    return pandas().DataFrame(lines).fillna("")
+
+
+def by_values(cells: Sequence[dict], keys: Sequence[str]) -> list[tuple[tuple[str, ...], list[dict]]]:
+    """(values of the keys, cells that have them), in the order in which they come."""
+    parts: dict[tuple[str, ...], list[dict]] = {}
+    for cell in cells:
+        parts.setdefault(tuple(str(cell[key]) for key in keys), []).append(cell)
+    return list(parts.items())
+
+
+def reasons_of(cells: Sequence[dict], known: Sequence[str]) -> str:
+    """Why cells are empty, a sentence a reason. known: keys that the title names."""
+    reasons: dict[str, list[str]] = {}
+    for cell in cells:
         if "not_run" in cell:
-            lines.append(f"| {arm} | not run: {cell['not_run']} | | |")
-        else:
-            bounds = f"[{cell['ci_low']:.2f}, {cell['ci_high']:.2f}]"
-            lines.append(f"| {arm} | {cell['perplexity']:.2f} | {bounds} | {cell['tokens']:,} |")
-    return lines
+            place = " ".join(str(v) for k, v in cell.items() if k not in ("metric", "not_run", *known))
+            reasons.setdefault(cell["not_run"], []).append(place)
+    return " ".join(f"Not run: {', '.join(at)}: {why.rstrip('.')}." for why, at in reasons.items())
 
 
-def _substring_line(scores: dict) -> list[str]:
-    shown = [f"{length}: {row['trained']:.3f}" for length, row in scores.items() if "trained" in row]
-    return ["", "RULER's substring score, trained: " + ", ".join(shown) + "."] if shown else []
+def sections_of(experiment: Experiment, frame, resamples: int) -> tuple[list[Section], list[dict]]:
+    """The tables of a report, and their cells as {title, cells} for report.json."""
+    sections, data, several = [], [], "run" in frame and frame["run"].nunique() > 1
+    for view in experiment.views:
+        if isinstance(view, Picture):
+            continue
+        compute = gains_of if isinstance(view, Gains) else cells_of
+        cells = compute(experiment, frame, view, resamples)
+        for at, part in by_values(cells, view.by):
+            title = view.title.format(**dict(zip(view.by, at)))
+            if isinstance(view, Gains):
+                keys = [*(["run"] if several else []), *view.rows, experiment.compared]
+                table = gains_table(experiment, part, keys)
+            else:
+                table = table_of(experiment, view, part, several)
+            sections.append(Section(title, f"{view.text} {reasons_of(part, view.by)}".strip(), table))
+            data.append({"title": title, "cells": part})
+    return sections, data
 
 
-def _reasons(*groups: dict) -> list[str]:
-    reasons: dict[str, list[str]] = defaultdict(list)
-    for cells in groups:
-        for length, row in cells.items():
-            for name, cell in row.items():
-                if "not_run" in cell:
-                    reasons[cell["not_run"]].append(f"{name} at {length}")
-    return (
-        ["", *(f"Not run: {', '.join(where)}: {reason.rstrip('.')}." for reason, where in reasons.items())]
-        if reasons
-        else []
-    )
+def to_markdown(
+    title: str, about: str, warnings: Sequence[str], sections: Sequence[Section], foot: str
+) -> str:
+    """report.md."""
+    lines = [f"# {title}", "", about]
+    lines += ["", *(f"> **Warning.** {each}\n>" for each in warnings)] if warnings else []
+    for section in sections:
+        lines += ["", f"## {section.title}"]
+        lines += ["", section.text] if section.text else []
+        if section.frame is not None:
+            lines += ["", section.frame.to_markdown(index=False, disable_numparse=True)]
+        if section.picture is not None:
+            lines += ["", f"![{section.title}]({section.picture})"]
+    return "\n".join([*lines, "", foot, ""])
+
+
+def to_html(
+    title: str,
+    about: str,
+    warnings: Sequence[str],
+    sections: Sequence[Section],
+    foot: str,
+    pictures: Mapping[str, bytes],
+) -> str:
+    """report.html: one file with its pictures in it, and no script."""
+    parts = [f"<h1>{html.escape(title)}</h1><p>{html.escape(about)}</p>"]
+    parts += [f'<p class="warning"><b>Warning.</b> {html.escape(each)}</p>' for each in warnings]
+    for section in sections:
+        parts.append(f"<h2>{html.escape(section.title)}</h2>")
+        parts += [f"<p>{html.escape(section.text)}</p>"] if section.text else []
+        if section.frame is not None:
+            parts.append(section.frame.to_html(index=False, border=0))
+        if section.picture is not None:
+            data = base64.b64encode(pictures[section.picture]).decode()
+            parts.append(f'<img alt="{html.escape(section.title)}" src="data:image/png;base64,{data}">')
+    head = f'<meta charset="utf-8"><title>{html.escape(title)}</title><style>{STYLE}</style>'
+    body = "\n".join(parts)
+    return f"<!doctype html><html><head>{head}</head><body>{body}<footer><p>{html.escape(foot)}</p></footer></body></html>\n"

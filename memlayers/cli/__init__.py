@@ -1,10 +1,10 @@
-"""`memlayers` on the command line: wrap | train | eval | demo | bench | inspect. One file a command."""
+"""`memlayers` on the command line: wrap | train | eval | report | compare | demo | bench | inspect. One file a command."""
 
 import typer
 
 from memlayers.cli.bench import bench
 from memlayers.cli.demo import demo
-from memlayers.cli.evaluate import evaluate
+from memlayers.cli.evaluate import compare, evaluate, report
 from memlayers.cli.inspect import inspect
 from memlayers.cli.train import train
 from memlayers.cli.wrap import wrap
@@ -22,6 +22,8 @@ app = typer.Typer(
 app.command("wrap")(wrap)
 app.command("train")(train)
 app.command("eval")(evaluate)
+app.command("report")(report)
+app.command("compare")(compare)
 app.command("demo")(demo)
 app.command("bench")(bench)
 app.command("inspect")(inspect)

@@ -36,14 +36,14 @@ def demo(
     configs/train/demo_passkey.yaml, and asks it with configs/eval/demo.yaml for passkeys far outside of
     the window, beside the base and the controls.
 
-    OUT gets report.json, report.md, samples.jsonl, passkey.png and train/ with the trained model.
+    OUT gets records.jsonl, report.json, report.md, report.html, passkey.png and train/ with the trained model.
     """
     quiet()
     from rich.console import Console
 
-    from memlayers.cli.evaluate import tables
-    from memlayers.eval.config import load_config
-    from memlayers.eval.run import evaluate
+    from memlayers.cli.evaluate import show
+    from memlayers.eval.output import RECORDS
+    from memlayers.eval.runner import evaluate, load_config
     from memlayers.train.config import TrainConfig
     from memlayers.train.run import train
     from memlayers.yaml_config import load_yaml
@@ -66,9 +66,8 @@ def demo(
     trained = time.perf_counter()
 
     console.rule("evaluate")
-    report = evaluate(evaluation, out)
-    for table in tables(report):
-        console.print(table)
+    (out / RECORDS).unlink(missing_ok=True)  # the model was trained anew
+    show(evaluate(evaluation, out))
     done = time.perf_counter()
     console.print(f"trained in {trained - started:.0f} s, evaluated in {done - trained:.0f} s")
     console.print(f"report: {out / 'report.json'}   picture: {out / 'passkey.png'}", soft_wrap=True)

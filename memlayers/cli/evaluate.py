@@ -1,4 +1,4 @@
-"""`memlayers eval`: suites of generated items, asked of all arms and controls; and the tables that show it."""
+"""`memlayers eval`: one experiment from one config file; `memlayers report` and `memlayers compare`: its runs together."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from memlayers.cli.common import Debug, command, quiet
 
 @command
 def evaluate(
-    config: Annotated[
-        Path,
-        typer.Option(
-            "--config", "-c", help="YAML file of the evaluation; see configs/eval.", show_default=False
-        ),
-    ],
-    overrides: Annotated[
+    arguments: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="KEY=VALUE",
-            help="Fields to set over the file: model=runs/mine/final suites.passkey.n=100.",
+            metavar="[CONFIG] [KEY=VALUE]...",
+            help="The config file (or --config), and fields to set over it: model=runs/mine/final suites.passkey.n=100.",
+        ),
+    ] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            "--config", "-c", help="YAML file of the experiment; see configs/eval.", show_default=False
         ),
     ] = None,
     out: Annotated[
@@ -31,80 +31,104 @@ def evaluate(
     ] = None,
     debug: Debug = False,
 ) -> None:
-    """Measure what a model remembers: passkeys, needles, facts and associative recall, with arms and controls.
+    """Run an experiment: what a model remembers, with arms, controls and intervals.
 
-    The trained model is asked beside its base, the base cut to the same window, the model with its memory
-    off, and the same memory untrained, all on the same items. Controls: no needle in the text, the state of
-    another item, a zeroed state, the question alone.
+    The config names it (`experiment: recall`): recall (passkeys, needles, fact updates), facts, pairs, perplexity on the
+    models of a checkpoint; bits, capacity, bank, procedures, cartridge, reversible and finetuned on a base.
 
-    Regimes: F, all of the text in attention; W, attention limited to the window; D, the text is written to
-    memory, the cache dropped, and the question asked of the memory state. A cell that cannot be measured is
-    reported as not run, with the reason.
+    recall asks the trained model beside its base, the base truncated to the same window, the model with its memory
+    disabled, and the same memory untrained, all on the same items. Controls: no needle in the text, the state of another
+    item, a zeroed state, the question alone. Conditions: full_context, all of the text in attention; sliding_window,
+    attention limited to the window; memory_only, the text is written to memory, the cache dropped, and the question asked
+    of the memory state. A cell that cannot be measured is reported as not run, with the reason.
 
-    Facts are asked without any text (regime P): trained and held-out prompts, a later batch, and prompts about
-    others, which are to be answered as the base does. Associative recall (mqar) asks for the values of keys, over the
-    number of pairs.
-
-    OUT gets report.json, samples.jsonl, report.md and a picture for each suite.
+    OUT gets records.jsonl, report.md, report.html, report.json and pictures. Interrupted, the same command goes on with
+    the seeds that are left; a folder with records of another config is refused.
     """
+    quiet()
+    from memlayers.eval.runner import evaluate as run
+    from memlayers.eval.runner import load_config
+
+    overrides = list(arguments or [])
+    if config is None:
+        if not overrides or "=" in overrides[0]:
+            raise typer.BadParameter("give a config file, such as configs/eval/passkey.yaml")
+        config = Path(overrides.pop(0))
+    checked = load_config(config, overrides)
+    out = out or Path("runs/eval") / config.stem
+    show(run(checked, out))
+    _say(f"wrote {out / 'report.html'} and what lies beside it")
+
+
+@command
+def report(
+    runs: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="RUN...",
+            help="Folders of `memlayers eval`, or NAME=FOLDERS, such as 'mine=runs/a/seed*/eval'.",
+        ),
+    ],
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Folder to write the report to; default: print it.")
+    ] = None,
+    debug: Debug = False,
+) -> None:
+    """Put several runs of one experiment into one report: over seeds, and run beside run.
+
+    Runs of the same name count as seeds. They may differ in the model that was measured and in nothing else.
+    """
+    quiet()
+    from memlayers.eval.output import write_output
+    from memlayers.eval.runs import report_runs
+
+    results = report_runs(runs)
+    show(results)
+    if out is not None:
+        write_output(out, results.texts, results.pictures, results.report)
+        _say(f"wrote {out / 'report.html'} and what lies beside it")
+
+
+@command
+def compare(
+    first: Annotated[str, typer.Argument(metavar="A", help="Folder of `memlayers eval`.")],
+    second: Annotated[str, typer.Argument(metavar="B", help="Folder of another run on the same items.")],
+    debug: Debug = False,
+) -> None:
+    """What run A has more than run B on the same items: differences, intervals over units, exact McNemar tests."""
     quiet()
     from rich.console import Console
 
-    from memlayers.eval.config import load_config
+    from memlayers.eval.runs import compare as compare_runs
 
-    checked = load_config(config, overrides or [])
-    from memlayers.eval.run import evaluate as run
+    Console().print(grid(*compare_runs(first, second)))
 
-    out = out or Path("runs/eval") / config.stem
-    report = run(checked, out)
+
+def show(results) -> None:
+    """Prints the tables of a report, and its warnings."""
+    from rich.console import Console
+
     console = Console()
-    for table in tables(report):
-        console.print(table)
-    console.print(f"wrote {out / 'report.json'} and what lies beside it", soft_wrap=True)
+    for section in results.sections:
+        if section.frame is not None:
+            console.print(grid(section.title, section.frame))
+    for warning in results.report["warnings"]:
+        console.print(f"[bold yellow]Warning.[/] {warning}")
 
 
-def tables(report: dict):
-    """Rich tables of a report: for each suite and regime one of the arms and one of the controls."""
-    for suite, block in report.get("facts", {}).items():
-        yield grid(f"{suite}, regime P (no context)", {**block["metrics"], **block["controls"]}, "facts")
-    for suite, block in report.get("mqar", {}).items():
-        for regime in block["results"]:
-            for part, told in (("results", ""), ("controls", ": controls")):
-                rows = {
-                    f"{n_pairs} pairs, {length} tokens": cells
-                    for length, by_pairs in block[part][regime].items()
-                    for n_pairs, cells in by_pairs.items()
-                }
-                if any(rows.values()):
-                    yield grid(f"{suite}, regime {regime}{told}", rows, "rows")
-    window = report["config"]["window"]
-    for suite, regimes in report["results"].items():
-        for regime, arms in regimes.items():
-            title = f"{suite}, regime {regime} (window {window} tokens)"
-            yield grid(title, arms)
-            controls = report["controls"].get(suite, {}).get(regime, {})
-            if any(controls.values()):
-                yield grid(f"{title}: controls", controls)
-
-
-def grid(title: str, lengths: dict[str, dict[str, dict]], counted: str = "n"):
-    """One table: lengths (or metrics) down, names across, in each cell the share right and its interval; then n."""
+def grid(title: str, frame):
+    """A rich table of a DataFrame of text; intervals stand under their values."""
     from rich.table import Table
 
-    names = list(dict.fromkeys(name for row in lengths.values() for name in row))
-    table = Table(title=title, title_style="bold", caption="share of exact answers, 95 % Wilson interval")
-    table.add_column("length" if counted == "n" else "", justify="right")
-    for name in names:
-        table.add_column(name.replace("_", "\n"), justify="center", no_wrap=True, vertical="top")
-    table.add_column(counted, justify="right")
-    for length, row in lengths.items():
-        counts = sorted({cell[counted] for cell in row.values() if cell.get(counted)})
-        table.add_row(length, *(cell_text(row.get(name)) for name in names), ", ".join(map(str, counts)))
+    table = Table(title=title, title_style="bold", caption="95 % intervals in brackets")
+    for name in frame.columns:
+        table.add_column(str(name).replace("_", "\n"), justify="right", vertical="top")
+    for row in frame.itertuples(index=False):
+        table.add_row(*(str(value).replace(" [", "\n[").replace(" (", "\n(") for value in row))
     return table
 
 
-def cell_text(cell: dict | None) -> str:
-    """`0.98` over `0.95–0.99`, or a dash where the cell was not measured (report.json has the reason)."""
-    if cell is None or cell.get("accuracy") is None:
-        return "–"
-    return f"{cell['accuracy']:.2f}\n{cell['ci_low']:.2f}–{cell['ci_high']:.2f}"
+def _say(text: str) -> None:
+    from rich.console import Console
+
+    Console().print(text, soft_wrap=True)

@@ -1,0 +1,1 @@
+"""The experiments: each file holds only what is measured. `memlayers.eval.registry` has them by name."""
