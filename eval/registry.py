@@ -6,7 +6,19 @@ import difflib
 
 from memlayers.config import ConfigError, shown
 from memlayers.eval.experiment import Experiment
-from memlayers.eval.experiments import bits, capacity, facts, pairs, perplexity, recall
+from memlayers.eval.experiments import (
+    bank,
+    bits,
+    capacity,
+    cartridge,
+    facts,
+    finetuned,
+    pairs,
+    perplexity,
+    procedures,
+    recall,
+    reversible,
+)
 
 EXPERIMENTS: dict[str, Experiment] = {
     "recall": recall.EXPERIMENT,
@@ -15,6 +27,11 @@ EXPERIMENTS: dict[str, Experiment] = {
     "perplexity": perplexity.EXPERIMENT,
     "bits": bits.EXPERIMENT,
     "capacity": capacity.EXPERIMENT,
+    "bank": bank.EXPERIMENT,
+    "procedures": procedures.EXPERIMENT,
+    "cartridge": cartridge.EXPERIMENT,
+    "reversible": reversible.EXPERIMENT,
+    "finetuned": finetuned.EXPERIMENT,
 }
 
 

@@ -162,15 +162,24 @@ def _measure(config: ExperimentConfig, run, seed: int, progress: bool) -> tuple[
 
 
 def head_of(config: ExperimentConfig) -> dict:
-    """The first line of records.jsonl, before any seed."""
+    """The first line of records.jsonl, before any seed. The hash is that of the config and of the models' files, so that a
+    model that was trained on is another one."""
     block = config.model_dump(mode="json", exclude={"seeds"})
     fixed = {name: value for name, value in block.items() if name not in FREE}
+    files = {name: _files(block[name]) for name in ("model", "base") if block.get(name)}
     return {
         "experiment": config.experiment,
         "config": block,
-        "config_hash": json_checksum(fixed),
+        "config_hash": json_checksum([fixed, files]),
+        "files": files,
         "seeds": {},
     }
+
+
+def _files(model: str) -> str:
+    """The checksum of all files of a model's folder; of a hub id, that of nothing."""
+    paths = sorted(path for path in Path(model).rglob("*") if path.is_file()) if Path(model).is_dir() else []
+    return json_checksum([[str(path.relative_to(model)), file_checksum(path)] for path in paths])
 
 
 def check_same_config(before: dict, now: dict, where: str, but: Sequence[str] = ()) -> None:

@@ -1,7 +1,5 @@
 """How much of a text a cartridge keeps, over its tokens.
 
-    python -m memlayers.eval.cartridge --config configs/eval/cartridge.yaml --out runs/cartridge
-
 A text and its continuation fill the window of the base. Measured is the perplexity of the continuation, of the same tokens
 in every arm (its first token is only read):
 
@@ -13,36 +11,29 @@ in every arm (its first token is only read):
 | not refined | a cartridge as it starts: what reading the first k tokens gives |
 | any name of `writers` | the same cartridge, refined by that writer |
 | the same, another text's | the refined cartridge of the next text |
-
-OUT gets, for each seed, report.json, report.md and perplexity.png, and then summary.md and perplexity.png over all the
-seeds that lie there. A seed whose report is there, of the same config, is not measured again.
 """
 
 from __future__ import annotations
 
-import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
-import typer
 from pydantic import Field, model_validator
-from tqdm.auto import tqdm
 
 import memlayers as ml
 from memlayers.config import ConfigError, Strict
 from memlayers.core.model import max_positions
-from memlayers.eval import cartridge_report
+from memlayers.eval.experiment import Experiment, ExperimentConfig, Lines, Progress, Record, Table, Unique
 from memlayers.eval.models import load_plain
-from memlayers.eval.output import read_report
-from memlayers.eval.speed.timing import where
+from memlayers.eval.probes import token_losses
+from memlayers.eval.statistics import Mean, Perplexity
 from memlayers.files import read_text
-from memlayers.limits import Count, Seed, Width
+from memlayers.limits import Count, Width
 from memlayers.loading import load_tokenizer
 from memlayers.writing import DistillSection, WriterSection, of_teacher
-from memlayers.yaml_config import load_yaml
 
 MEMORY = "notes"
 END_OF_TEXT = "<|endoftext|>"
@@ -60,7 +51,7 @@ class TextsSection(Strict):
     n: Count = Field(10, ge=2)
 
 
-class CartridgeEvalConfig(Strict):
+class CartridgeEvalConfig(ExperimentConfig):
     """What is measured.
 
     Attributes:
@@ -71,26 +62,18 @@ class CartridgeEvalConfig(Strict):
         sizes: tokens of a cartridge. At `text_length` it holds the whole text and is not refined.
         writers: how a cartridge is refined, by the name of the arm.
         seeds: of the texts; and of the continuations that `distill` draws, beside its own seed.
-        resamples: of the bootstrap.
-        note: for the report, how the settings were chosen.
     """
 
+    experiment: Literal["cartridge"] = "cartridge"
     model: str
     texts: dict[str, TextsSection] = Field(min_length=1)
     text_length: Width = Field(384, ge=2)
     continuation_length: Width = Field(128, ge=2)
-    sizes: list[Width] = Field([8, 19, 38, 77, 154, 384], min_length=1)
+    sizes: Annotated[list[Width], Unique] = Field([8, 19, 38, 77, 154, 384], min_length=1)
     writers: dict[str, WriterSection]
-    seeds: list[Seed] = Field([0, 1, 2], min_length=1)
-    resamples: int = Field(2000, ge=100, le=1_000_000)
-    note: str = ""
 
     @model_validator(mode="after")
     def _fits_together(self):
-        for field in ("sizes", "seeds"):
-            values = getattr(self, field)
-            if len(set(values)) < len(values):
-                raise ConfigError(f"{field}: {values} names a value twice")
         if max(self.sizes) > self.text_length:
             raise ConfigError(
                 f"sizes: {max(self.sizes)} is more than the {self.text_length} tokens of a text"
@@ -98,80 +81,73 @@ class CartridgeEvalConfig(Strict):
         return self
 
 
-def evaluate(config: CartridgeEvalConfig, output_dir: str | Path, progress: bool = True) -> list[dict]:
-    """Measure every seed that is not there yet and write the files; the reports.
+def run(config: CartridgeEvalConfig, seed: int, progress: Progress) -> Iterator[Record]:
+    """A record a text, arm and size, and one a writer with the seconds of the CPU that it took.
 
-    Raises `FileNotFoundError` for a checkpoint or a file that is not there, `ConfigError` where a text does not fit the
-    model or its file, `ValueError` where the writing diverges.
+    Raises `FileNotFoundError` for a file that is not there, `ConfigError` where a text does not fit the model or its file,
+    `ValueError` where the writing diverges.
     """
-    output_dir, reports = Path(output_dir), []
-    for seed in config.seeds:
-        path = output_dir / f"seed{seed}" / "report.json"
-        described = json.loads(json.dumps({**config.model_dump(exclude={"seeds"}), "seed": seed}))
-        report = read_report(path) if path.is_file() else {}
-        if report.get("config") != described:
-            report = {"config": described, **measure(config, seed, progress)}
-            cartridge_report.write([report], path.parent, "report.md", report)
-        reports.append(report)
-    cartridge_report.write_summary(output_dir)
-    return reports
-
-
-def measure(config: CartridgeEvalConfig, seed: int, progress: bool = False) -> dict:
-    """Cells {texts, arm, tokens, bytes, loss} of one seed: `loss` has the mean loss (nats) of each text's continuation."""
-    started = time.perf_counter()
     base, tokenizer = load_plain(config.model).eval(), load_tokenizer(config.model)
     _check(config, base)
     refined = sum(size < config.text_length for size in config.sizes) * len(config.writers)
-    bar = tqdm(total=len(config.texts) * refined, desc=f"seed {seed}", unit="write", disable=not progress)
-    cells, seconds = [], {}
+    bar, seconds = progress(total=len(config.texts) * refined, desc=f"seed {seed}", unit="write"), {}
     for name, section in config.texts.items():
         rows = draw(base, tokenizer, section, config.text_length + config.continuation_length, seed)
-        found = one_source(base, rows, config, seed, bar.update, seconds)
-        cells += [{"texts": name, **cell} for cell in found]
+        cells = list(one_source(base, rows, config, seed, bar.update, seconds))
+        read, nothing = (
+            next(loss for arm, _, _, loss in cells if arm == wanted) for wanted in ("whole text", "nothing")
+        )
+        for arm, tokens, nbytes, losses in cells:
+            for number, loss in enumerate(losses):
+                yield {
+                    "texts": name,
+                    "arm": arm,
+                    "tokens": tokens,
+                    "bytes": nbytes,
+                    "unit": number,
+                    "loss": loss,
+                    "excess": loss - read[number],
+                    "gained": nothing[number] - loss,
+                    "whole": nothing[number] - read[number],
+                }
     bar.close()
-    return {
-        "cells": cells,
-        "cpu_s": {name: round(value, 1) for name, value in seconds.items()},
-        **where("cpu", "transformers"),
-        "wall_s": round(time.perf_counter() - started, 1),
-    }
+    for arm, value in seconds.items():
+        yield {"arm": arm, "unit": "seed", "cpu_s": round(value, 1)}
 
 
 def one_source(
     base, rows: torch.Tensor, config: CartridgeEvalConfig, seed: int, advance: Callable, seconds: dict
-) -> list[dict]:
-    """The cells of texts with their continuations, rows (texts, tokens); `base` is left as it was."""
+) -> Iterator[tuple[str, int, int, list[float]]]:
+    """(arm, tokens, bytes, the mean loss in nats of each text's continuation) of texts with their continuations, rows
+    (texts, tokens); `base` is left as it was."""
     text, asked = rows[:, : config.text_length], rows[:, config.text_length :]
-    cells = []
 
-    def add(arm: str, tokens: int, loss: torch.Tensor, nbytes: int = 0):
-        cells.append(dict(arm=arm, tokens=tokens, bytes=nbytes, loss=[round(x, 6) for x in loss.tolist()]))
+    def cell(arm: str, tokens: int, loss: torch.Tensor, nbytes: int = 0):
+        return arm, tokens, nbytes, [round(x, 6) for x in loss.tolist()]
 
-    add("whole text", config.text_length, after_reading(base, text, asked))
-    add("nothing", 1, after_reading(base, text[:, :1], asked))
-    lessons = {}
+    yield cell("whole text", config.text_length, after_reading(base, text, asked))
+    yield cell("nothing", 1, after_reading(base, text[:, :1], asked))
+    targets = {}
     for size in config.sizes:
         last = torch.cat([text[:, :1], text[:, config.text_length - size + 1 :]], 1)
-        add("last tokens", size, after_reading(base, last, asked))
+        yield cell("last tokens", size, after_reading(base, last, asked))
         with attached(base, size, WriterSection(steps=0)):
             start = ml.write(base, text)
             nbytes = start.nbytes // len(text)
-            add("not refined", size, after_memory(base, start, asked), nbytes)
+            yield cell("not refined", size, after_memory(base, start, asked), nbytes)
         if size == config.text_length:
             continue
         for arm, section in config.writers.items():
             with attached(base, size, of_seed(section, seed)) as memory:
                 begun = time.process_time()
-                if arm not in lessons:  # the base alone says what is learned from, whatever the size
-                    lessons[arm] = memory.writer.lesson(base, text, torch.ones_like(text, dtype=torch.bool))
-                state = ml.MemoryState({MEMORY: memory.writer.write(base, MEMORY, *lessons[arm], start)})
+                if arm not in targets:  # the base alone says what is learned from, whatever the size
+                    targets[arm] = memory.writer.lesson(base, text, torch.ones_like(text, dtype=torch.bool))
+                state = ml.MemoryState({MEMORY: memory.writer.write(base, MEMORY, *targets[arm], start)})
                 seconds[arm] = seconds.get(arm, 0.0) + time.process_time() - begun
-                add(arm, size, after_memory(base, state, asked), nbytes)
+                yield cell(arm, size, after_memory(base, state, asked), nbytes)
                 other = state.select([*range(1, len(text)), 0])
-                add(f"{arm}, another text's", size, after_memory(base, other, asked), nbytes)
+                yield cell(f"{arm}, another text's", size, after_memory(base, other, asked), nbytes)
             advance()
-    return cells
 
 
 class attached:
@@ -221,21 +197,13 @@ def draw(base, tokenizer, section: TextsSection, length: int, seed: int) -> torc
 @torch.no_grad()
 def after_reading(base, before: torch.Tensor, asked: torch.Tensor) -> torch.Tensor:
     """(texts,): mean loss of `asked` but its first token, behind `before`."""
-    logits = base(input_ids=torch.cat([before, asked], 1), use_cache=False).logits[:, before.shape[1] :]
-    return losses(logits, asked)
+    return token_losses(base, torch.cat([before, asked], 1))[:, before.shape[1] :].mean(1)
 
 
 @torch.no_grad()
 def after_memory(model, state: ml.MemoryState, asked: torch.Tensor) -> torch.Tensor:
     """The same with a state and no text."""
-    return losses(model(input_ids=asked, memory_state=state, use_cache=False).logits, asked)
-
-
-def losses(logits: torch.Tensor, asked: torch.Tensor) -> torch.Tensor:
-    each = torch.nn.functional.cross_entropy(
-        logits[:, :-1].float().transpose(1, 2), asked[:, 1:], reduction="none"
-    )
-    return each.mean(1)
+    return token_losses(model, asked, memory_state=state).mean(1)
 
 
 def _check(config: CartridgeEvalConfig, base) -> None:
@@ -246,15 +214,35 @@ def _check(config: CartridgeEvalConfig, base) -> None:
         )
 
 
-def main(
-    config: Annotated[Path, typer.Option(help="YAML file; see configs/eval/cartridge.yaml.")],
-    out: Annotated[Path, typer.Option(help="Folder of the reports.")],
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE")] = None,
-) -> None:
-    """Measure how much of a text a cartridge keeps, over its tokens."""
-    evaluate(load_yaml(config, overrides or [], CartridgeEvalConfig), out)
-    typer.echo(f"wrote {out / 'summary.md'} and what lies beside it")
-
-
-if __name__ == "__main__":
-    typer.run(main)
+EXPERIMENT = Experiment(
+    title="Perplexity of a continuation, with a cartridge in place of the text",
+    about="The same tokens are predicted in every arm. Beside reading: perplexity over that of reading the whole text. Kept: "
+    "share of what the text helps, in log perplexity. Bytes: of the state, a text. Control: another text's cartridge.",
+    config=CartridgeEvalConfig,
+    run=run,
+    keys=("texts", "arm", "tokens"),
+    unit="text",
+    metrics=(
+        Perplexity(digits=3),
+        Perplexity("excess", "beside reading", digits=3),
+        Mean("gained", "kept", of="whole"),
+        Mean("cpu_s", "CPU s", digits=0),
+    ),
+    views=(
+        Table(
+            title="{texts}",
+            by=("texts",),
+            rows=("arm", "tokens", "bytes"),
+            metrics=("perplexity", "beside reading", "kept"),
+        ),
+        Table(title="Seconds of the CPU, for writing", rows=("arm",), metrics=("CPU s",)),
+        Lines(
+            title="Perplexity beside that of reading the text",
+            file="perplexity",
+            panels=("texts",),
+            x="tokens",
+            hue="arm",
+            metrics=("beside reading",),
+        ),
+    ),
+)

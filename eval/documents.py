@@ -1,6 +1,6 @@
-"""Fictional documents for a bank, and questions about them without any context (regime P).
+"""Fictional documents for a bank, and questions about them without any context (closed book).
 
-A document is about one subject: every fact of it is said in all prompts of `trained`, the sentences in an order of their
+A document is about one subject: every fact of it is stated in all prompts of `trained`, the sentences in an order of their
 own. Strangers are subjects of no document, asked the same way: what is answered about them is false recall.
 """
 
@@ -17,7 +17,7 @@ PROMPTS = ("trained", "held_out")
 
 
 @dataclass(frozen=True)
-class Asked:
+class Probe:
     """One prompt about one fact.
 
     document: id of the document about its subject, or of a stranger. prompts: trained or held_out. text: the prompt, as the
@@ -61,7 +61,7 @@ class Documents:
         random.Random(f"memlayers:documents:{seed}:{document}").shuffle(sentences)
         return " ".join(sentences)
 
-    def _questions(self, about: dict[str, list[Fact]], kinds: Sequence[str]) -> list[Asked]:
+    def _questions(self, about: dict[str, list[Fact]], kinds: Sequence[str]) -> list[Probe]:
         asked = []
         for document, facts in about.items():
             for prompts in kinds:
@@ -71,7 +71,7 @@ class Documents:
                     ]
                     for text, question in zip(texts, questions):
                         whole = replace(question, ids=self.task.bos + question.ids)
-                        asked.append(Asked(document, prompts, fact, text, whole))
+                        asked.append(Probe(document, prompts, fact, text, whole))
         return asked
 
 

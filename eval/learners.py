@@ -4,14 +4,54 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator, Sequence
+from typing import Literal
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
+from pydantic import Field
 from transformers import PreTrainedModel
 
 import memlayers as ml
-from memlayers.eval.procedures_config import LoraArm, ProceduresEvalConfig, TaskTokensArm
+from memlayers.config import Strict
+from memlayers.limits import Rate, Scale, Width
 from memlayers.tasks.procedures import Procedure, ProceduresTask, Use
+
+
+class TaskTokensArm(Strict):
+    """A task token a procedure.
+
+    Attributes:
+        learning_rate: of AdamW without weight decay.
+        tied, renormalize: as in `TaskTokensConfig`.
+        init_from_words: rows start at the mean of the words of the procedure, else at the mean of all rows.
+        replay: uses of earlier procedures, a step, that are read along, so that new rows learn not to answer them.
+    """
+
+    type: Literal["task_tokens"] = "task_tokens"
+    learning_rate: Rate = 1e-2
+    tied: bool | None = None
+    renormalize: bool = False
+    init_from_words: bool = False
+    replay: int = Field(0, ge=0, le=1_000_000)
+
+
+class LoraArm(Strict):
+    """One PEFT LoRA on all linear layers, that goes on learning from batch to batch.
+
+    Attributes:
+        learning_rate: of AdamW without weight decay.
+        r, alpha: PEFT's `r` and `lora_alpha`.
+        says: what it learns to say: the answer alone, or the words of the procedure and then the answer.
+        replay: uses of earlier procedures, a step, that are learned along.
+    """
+
+    type: Literal["lora"] = "lora"
+    learning_rate: Rate = 1e-2
+    r: Width = 4
+    alpha: Scale = 8.0
+    says: Literal["answer", "words"] = "answer"
+    replay: int = Field(0, ge=0, le=1_000_000)
+
 
 Target = tuple[list[int], list[int]]
 """A prompt, and what is to follow."""
@@ -77,13 +117,13 @@ def learn(
     learner: Learner,
     batch: Sequence[Procedure],
     earlier: Sequence[Procedure],
-    config: ProceduresEvalConfig,
+    config,
     rng: random.Random,
     bar: Callable = iter,
 ) -> None:
     """Train on a batch of procedures: AdamW, the rate falling to zero, the mean loss of the tokens that are to follow.
 
-    rng: gives the same uses to every learner, but for replay.
+    config: with `steps` and `batch_size`. rng: gives the same uses to every learner, but for replay.
     Raises `ValueError` where the loss is not finite.
     """
     settings, draw = learner.settings, learner_uses(learner, batch, rng, config.batch_size)
