@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, Field
 
-from memlayers.config import ConfigError, Strict
+from memlayers.config import Strict
 from memlayers.eval.statistics import Mean
 from memlayers.limits import Seed
 
@@ -25,7 +25,7 @@ Values = tuple[Any, ...]
 
 def _check_unique(values: list) -> list:
     if len({str(value) for value in values}) < len(values):
-        raise ConfigError(f"{values} names a value twice")
+        raise ValueError(f"{values} names a value twice")
     return values
 
 

@@ -186,18 +186,29 @@ def check_same_config(before: dict, now: dict, where: str, but: Sequence[str] = 
     """Raise `ConfigError` where two heads differ in a field that matters; names the fields. but: fields that may."""
     if before["config_hash"] == now["config_hash"]:
         return
-    names = [n for n in {**before["config"], **now["config"]} if n not in (*FREE, *but)]
-    differ = [n for n in names if before["config"].get(n) != now["config"].get(n)]
+    old, new = _fields(before["config"]), _fields(now["config"])
+    names = [n for n in {**old, **new} if n.partition(".")[0] not in (*FREE, *but)]
+    differ = [n for n in names if old.get(n) != new.get(n)]
     changed = [n for n in now.get("files", {}) if n not in but and before["files"].get(n) != now["files"][n]]
     if changed and not differ:
         raise ConfigError(
             f"{where}: {changed[0]} has changed since it was measured there; give another folder with --out"
         )
     if differ:
-        values = "; ".join(
-            f"{n} was {_short(before['config'].get(n))}, is {_short(now['config'].get(n))}" for n in differ
-        )
+        values = "; ".join(f"{n} was {_short(old.get(n))}, is {_short(new.get(n))}" for n in differ)
         raise ConfigError(f"{where}: measured with another config ({values}); give another folder with --out")
+
+
+def _fields(block: dict, path: str = "") -> dict[str, Any]:
+    """The values of a config by their dotted paths."""
+    found = {}
+    for name, value in block.items():
+        found |= (
+            _fields(value, f"{path}{name}.")
+            if isinstance(value, dict) and value
+            else {f"{path}{name}": value}
+        )
+    return found
 
 
 def _short(value: Any) -> str:

@@ -175,6 +175,12 @@ def _message(item: dict, known: list[str], path: list[str]) -> str:
             return f"needs a field 'type', one of {tags}"
         near = difflib.get_close_matches(shown(got), [tag.strip(" '") for tag in tags.split(",")], n=1)
         return f"type {shown(got)} is not one of {tags}" + (f", did you mean {near[0]!r}?" if near else "")
+    if item["type"] == "literal_error":
+        choices = re.findall(r"'([^']*)'", item["msg"])
+        near = difflib.get_close_matches(shown(item["input"]).strip("'"), choices, n=1)
+        return f"{item['msg']} (got {shown(item['input'])})" + (
+            f", did you mean {near[0]!r}?" if near else ""
+        )
     got = "" if isinstance(item["input"], dict) else f" (got {shown(item['input'])})"
     return item["msg"].removeprefix("Value error, ") + got
 

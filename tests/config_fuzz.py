@@ -13,14 +13,7 @@ import yaml
 
 import memlayers as ml
 from memlayers.config import Strict
-from memlayers.eval.bank_config import BankEvalConfig
-from memlayers.eval.bits_config import BitsConfig
-from memlayers.eval.capacity import CapacityConfig
-from memlayers.eval.cartridge import CartridgeEvalConfig
-from memlayers.eval.config import EvalConfig
-from memlayers.eval.procedures_config import ProceduresEvalConfig
-from memlayers.eval.reversible import ReversibleEvalConfig
-from memlayers.eval.updates_finetune import FinetuneConfig
+from memlayers.eval.registry import EXPERIMENTS
 from memlayers.kinds import KINDS
 from memlayers.tasks import FactsConfig, ProceduresConfig
 from memlayers.tasks.mqar import MqarConfig
@@ -45,6 +38,19 @@ MEMORIES: dict[type, list[dict]] = {
     ml.ProductKeyMemoryConfig: [{"n_keys": 8, "top_k": 2}, {"gate": "learned", "n_keys": 8, "top_k": 2}],
     ml.TaskTokensConfig: [{"names": ["add", "sub"], "init_from": {"add": "sum"}}],
 }
+EVALUATIONS: dict[str, dict] = {
+    "recall": {"model": "m", "suites": {"s": {"task": PASSKEY, "lengths": [32]}}},
+    "facts": {"model": "m"},
+    "pairs": {"model": "m", "n_pairs": [2]},
+    "perplexity": {"model": "m", "prose": {"file": "x.txt"}},
+    "bank": {"model": "m"},
+    "bits": {"model": "m", "kinds": {"k": {"memory": {"type": "tokens"}, "field": "n_tokens", "sizes": [1]}}},
+    "capacity": {"model": "m"},
+    "cartridge": {"model": "m", "texts": {"t": {}}, "writers": {"w": {}}},
+    "procedures": {"base": "b", "arms": {"a": {"type": "task_tokens"}, "l": {"type": "lora"}}},
+    "reversible": {"model": "m", "file": "f", "arms": {"a": {"n_tokens": 2}}},
+    "finetuned": {"model": "m", "prose": {"file": "f"}},
+}
 STARTS: dict[type[Strict], list[dict]] = {
     **MEMORIES,
     TrainConfig: [
@@ -61,20 +67,7 @@ STARTS: dict[type[Strict], list[dict]] = {
             "model": {"config": {"model_type": "llama"}, "tokenizer": "t"},
         },
     ],
-    EvalConfig: [
-        {"model": "m", "suites": {"s": {"task": PASSKEY, "lengths": [32]}}},
-        {"model": "m", "suites": {"f": {"type": "facts"}, "q": {"type": "mqar", "n_pairs": [2]}}},
-        {"model": "m", "suites": {"f": {"type": "facts"}}, "perplexity": {"file": "x.txt"}},
-    ],
-    BankEvalConfig: [{"model": "m"}],
-    BitsConfig: [
-        {"model": "m", "kinds": {"k": {"memory": {"type": "tokens"}, "field": "n_tokens", "sizes": [1]}}}
-    ],
-    CapacityConfig: [{"model": "m"}],
-    CartridgeEvalConfig: [{"model": "m", "texts": {"t": {}}, "writers": {"w": {}}}],
-    ProceduresEvalConfig: [{"base": "b", "arms": {"a": {"type": "task_tokens"}, "l": {"type": "lora"}}}],
-    ReversibleEvalConfig: [{"model": "m", "file": "f", "arms": {"a": {"n_tokens": 2}}}],
-    FinetuneConfig: [{"model": "m", "prose": {"file": "f"}}],
+    **{EXPERIMENTS[name].config: [fields] for name, fields in EVALUATIONS.items()},
     ml.LoRABankConfig: [{}],
     **{
         task: [{}]

@@ -15,7 +15,7 @@ import memlayers as ml
 from memlayers.cli import app
 
 ROOT = Path(__file__).resolve().parent.parent
-COMMANDS = ["wrap", "train", "eval", "demo", "bench", "inspect"]
+COMMANDS = ["wrap", "train", "eval", "report", "compare", "demo", "bench", "inspect"]
 
 
 def run(*arguments) -> tuple[int, str, str]:
@@ -212,7 +212,9 @@ def test_misspelt_field_of_a_training_config(tmp_path):
 
 def test_misspelt_override_of_an_evaluation(tmp_path):
     config = tmp_path / "eval.yaml"
-    config.write_text("model: x\nsuites:\n  passkey: {task: {type: passkey}, lengths: [32]}\n")
+    config.write_text(
+        "experiment: recall\nmodel: x\nsuites:\n  passkey: {task: {type: passkey}, lengths: [32]}\n"
+    )
     code, _, err = run("eval", "--config", config, "suites.passkey.lenghts=[64]")
     assert code == 1 and "error suites.passkey.lenghts:" in err and "did you mean 'lengths'" in err
 
@@ -247,8 +249,11 @@ def test_train_then_eval(short_training, tmp_path, monkeypatch):
     code, said, err = run("eval", "-c", "configs/eval/demo.yaml", "--out", tmp_path / "report", *asked)
     assert code == 0, err
     report = json.loads((tmp_path / "report" / "report.json").read_text())
-    assert report["results"]["passkey"]["D"]["64"]["trained"]["n"] == 5
-    assert "passkey, regime D (window 32 tokens)" in said and "regime D (window 32 tokens): controls" in said
+    cells = {
+        c.get("arm"): c for t in report["tables"] for c in t["cells"] if c.get("length") == 64 and "n" in c
+    }
+    assert cells["trained"]["n"] == 5
+    assert "passkey, memory_only" in said and "passkey, memory_only: controls" in said
 
 
 @pytest.mark.slow
@@ -270,6 +275,5 @@ def test_demo_leaves_report_and_picture(tmp_path, monkeypatch):
     assert code == 0, err
     assert (out / "passkey.png").stat().st_size > 1000
     report = json.loads((out / "report.json").read_text())
-    assert report["config"]["window"] == 32
-    assert {"32", "256"} <= set(report["results"]["passkey"]["D"])
-    assert "regime D" in said and str(out / "report.json").replace(" ", "") in said.replace(" ", "")
+    assert {32, 256} <= {cell.get("length") for table in report["tables"] for cell in table["cells"]}
+    assert "memory_only" in said and str(out / "report.json").replace(" ", "") in said.replace(" ", "")

@@ -140,10 +140,10 @@ def test_installed_wheel_imports(wheel, tmp_path):
     subprocess.run([*command, str(target), str(wheel)], check=True, capture_output=True, text=True)
     code = """
 import memlayers
-import memlayers.train.run, memlayers.eval.run, memlayers.cli
-print(list(memlayers.__path__)); print(memlayers.train.run.__file__); print(memlayers.eval.run.__file__)
+import memlayers.train.run, memlayers.eval.runner, memlayers.cli
+print(list(memlayers.__path__)); print(memlayers.train.run.__file__); print(memlayers.eval.runner.__file__)
 """
     path, train, evaluate = python(code, [target], tmp_path).strip().split("\n")
     assert path == str([str(target / "memlayers")])
     assert train == str(target / "memlayers" / "train" / "run.py")
-    assert evaluate == str(target / "memlayers" / "eval" / "run.py")
+    assert evaluate == str(target / "memlayers" / "eval" / "runner.py")

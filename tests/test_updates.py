@@ -8,10 +8,11 @@ import pytest
 import torch
 
 from memlayers.config import ConfigError
+from memlayers.eval import scoring
+from memlayers.eval.experiments.finetuned import FinetunedConfig, finetuned
 from memlayers.eval.models import load_plain
-from memlayers.eval.perplexity import PerplexityConfig
-from memlayers.eval.suites import scoring
-from memlayers.eval.updates_finetune import FinetuneConfig, evaluate, finetuned
+from memlayers.eval.runner import evaluate
+from memlayers.eval.texts import ProseConfig
 from memlayers.tasks import UpdatesConfig, make_task, rng_for
 from memlayers.tasks.updates import OBJECTS, SUBJECTS
 
@@ -122,14 +123,14 @@ def tuning(tiny_llama, tokenizer, tmp_path):
     tokenizer.save_pretrained(tmp_path / "base")
     text = tmp_path / "text.txt"
     text.write_text("Rain falls on the old roof. A boat waits in the harbour. " * 60, encoding="utf-8")
-    return FinetuneConfig(
+    return FinetunedConfig(
         model=str(tmp_path / "base"),
         task=UpdatesConfig(statement_length=LENGTH),
         n_statements=[1],
         n=2,
         steps=20,
         learning_rate=1e-2,
-        prose=PerplexityConfig(file=str(text), windows=2, n_sequences=2),
+        prose=ProseConfig(file=str(text), windows=2, n_sequences=2),
         seeds=[0],
     )
 
@@ -146,7 +147,8 @@ def test_finetuning_learns_a_statement_and_leaves_the_base(tuning, tokenizer):
 
 
 def test_finetuning_report_and_summary(tuning, tmp_path):
-    (report,) = evaluate(tuning, tmp_path / "out", progress=False)
-    assert report["cells"]["1"]["n"] == 2
-    assert set(report["perplexity"]) == {"base", "finetuned on 1 statements"}
-    assert "1 statements" in (tmp_path / "out" / "summary.md").read_text()
+    results = evaluate(tuning, tmp_path / "out", progress=False)
+    assert results.cell(arm="finetuned", n_statements=1)["n"] == 2
+    texts = {r["text_after"] for r in results.records if "text_after" in r}
+    assert texts == {"base", "finetuned on 1 statements"}
+    assert "finetuned on 1 statements" in (tmp_path / "out" / "report.md").read_text()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 
@@ -11,37 +10,36 @@ import torch
 
 import memlayers as ml
 from memlayers.config import ConfigError
-from memlayers.eval.bits import MEMORY, Kept, evaluate, one_text
-from memlayers.eval.bits_config import BitsConfig, Ladder
-from memlayers.eval.bits_report import best_of
+from memlayers.eval.experiments.bits import MEMORY, BitsConfig, MemoryContents, SizeSweep, one_text
+from memlayers.eval.runner import evaluate
 from memlayers.yaml_config import load_yaml
 
 YAML = Path(__file__).parents[2] / "configs" / "eval" / "bits.yaml"
-LADDERS = load_yaml(YAML, [], BitsConfig).kinds
+SWEEPS = load_yaml(YAML, [], BitsConfig).kinds
 
 
-def ladder(name: str, **changes) -> Ladder:
+def sweep(name: str, **changes) -> SizeSweep:
     """That of the committed config, on layers that the tiny model has."""
-    found = LADDERS[name]
+    found = SWEEPS[name]
     memory = found.memory.model_dump()
     if name == "neural":
         memory["layers"] = [0, 1]
     if name in ("memory tokens", "associative"):
         memory["segment_length"] = 64
-    return Ladder(**{**found.model_dump(), "memory": memory, **changes})
+    return SizeSweep(**{**found.model_dump(), "memory": memory, **changes})
 
 
 def text(length: int) -> torch.Tensor:
     return torch.randint(3, 300, (1, length + 1))
 
 
-@pytest.mark.parametrize("name", LADDERS)
+@pytest.mark.parametrize("name", SWEEPS)
 def test_what_is_kept_and_only_that_is_trained(tiny_llama, name):
     tiny_llama.requires_grad_(False)
-    each = ladder(name)
+    each = sweep(name)
     size, some = each.sizes[1], text(12)
     ml.attach(tiny_llama, each.of_size(size, 12), name=MEMORY)
-    kept = Kept(tiny_llama, some, reads_back=each.read_back is not None)
+    kept = MemoryContents(tiny_llama, some, reads_back=each.read_back is not None)
     before = {name: x.clone() for name, x in tiny_llama.state_dict().items()}
     kept.loss(tiny_llama, some)[0].backward()
     assert all(tensor.grad is not None and tensor.grad.any() for tensor in kept.tensors)
@@ -51,16 +49,16 @@ def test_what_is_kept_and_only_that_is_trained(tiny_llama, name):
     assert changed == own  # nothing but parameters that are kept: none where the memory has a state
     hidden = tiny_llama.config.hidden_size
     rows = {"memory tokens": size, "task tokens": size, "product keys": size**2}
-    rows |= {name: size for name in LADDERS if name.startswith("reversible")}
+    rows |= {name: size for name in SWEEPS if name.startswith("reversible")}
     if name in rows:
         assert sum(tensor.numel() for tensor in kept.tensors) == rows[name] * hidden
     assert kept.nbytes >= sum(tensor.nbytes for tensor in kept.tensors)
 
 
 def test_counts_are_those_of_the_model(tiny_llama):
-    ml.attach(tiny_llama, ladder("memory tokens").of_size(4, 10), name=MEMORY)
+    ml.attach(tiny_llama, sweep("memory tokens").of_size(4, 10), name=MEMORY)
     some = text(10)
-    kept = Kept(tiny_llama, some)
+    kept = MemoryContents(tiny_llama, some)
     loss, right = kept.loss(tiny_llama, some)
     embeds = tiny_llama.get_input_embeddings()(some)
     (memory,) = kept.tensors
@@ -78,7 +76,7 @@ def test_a_text_is_recalled_and_another_is_not(tiny_llama):
         part.weight.data *= 20  # a random head is too small to be sure of anything
     before = {name: x.clone() for name, x in tiny_llama.state_dict().items()}
     lora = {"type": "lora", "lora_alpha": 8}
-    lora = Ladder(memory=lora, field="r", sizes=[4], learning_rate=3e-2)
+    lora = SizeSweep(memory=lora, field="r", sizes=[4], learning_rate=3e-2)
     found = one_text(tiny_llama, lora, 4, text(12), text(12), steps=60, seed=1, learned=text(100)[0])
     assert found["recalled"] >= 10 and found["other_text"] <= 2
     widths = sum(sum(m.weight.shape) for n, m in tiny_llama.named_modules() if n.endswith("_proj"))
@@ -89,10 +87,10 @@ def test_a_text_is_recalled_and_another_is_not(tiny_llama):
 
 def test_read_back_counts_what_the_memory_gives_back(tiny_llama):
     tiny_llama.requires_grad_(False)
-    each = ladder("reversible, read back")
+    each = sweep("reversible, read back")
     memory, some = ml.attach(tiny_llama, each.of_size(4, 10), name=MEMORY), text(10)
     assert memory.schedule.reach == 12  # 4 tokens of 3 each: the text is one segment
-    kept = Kept(tiny_llama, some, reads_back=True)
+    kept = MemoryContents(tiny_llama, some, reads_back=True)
     said, mask = ml.read_back(tiny_llama, kept.state)
     assert mask.sum() == 10
     loss, right = kept.loss(tiny_llama, some)
@@ -111,43 +109,32 @@ def test_a_compressor_learns_other_texts_before_it_is_read_back(tiny_llama):
     alphabet = torch.arange(3, 20)
     texts = alphabet[torch.randint(len(alphabet), (2, 1, 9), generator=draw)]
     learned = alphabet[torch.randint(len(alphabet), (2000,), generator=draw)]
-    each = ladder("reversible, read back", read_back={"steps": 60, "batch_size": 16, "learning_rate": 1e-2})
+    each = sweep("reversible, read back", read_back={"steps": 60, "batch_size": 16, "learning_rate": 1e-2})
     found = one_text(tiny_llama, each, 4, *texts, steps=20, seed=1, learned=learned)
     assert found["recalled"] >= 7 and found["other_text"] <= 3
     assert not ml.memories(tiny_llama)
 
 
-def test_the_most_bits_of_any_length_count():
-    cells = [dict(name="a", size=1, length=n, bits=b, bytes=4) for n, b in [(4, 8.0), (8, 20.0), (16, 12.0)]]
-    assert best_of({"cells": cells}, "a", 1)["length"] == 8
-    assert best_of({"cells": cells}, "a", 1)["bits_a_byte"] == 5
+def small(tiny_llama, tokenizer, folder, **fields) -> BitsConfig:
+    tiny_llama.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    tokens = {"memory": {"type": "tokens", "segment_length": 32}, "field": "n_tokens"}
+    kinds = {"memory tokens": {**tokens, "sizes": [1, 2], "lengths": [4, 8]}}
+    return BitsConfig(model=str(folder), **{"steps": 2, "kinds": kinds, "seeds": [0, 1], **fields})
 
 
-def test_reports_and_a_finished_seed_is_not_measured_again(tiny_llama, tokenizer, tmp_path):
-    base = tmp_path / "base"
-    tiny_llama.save_pretrained(base)
-    tokenizer.save_pretrained(base)
-    kinds = {
-        "memory tokens": {
-            "memory": {"type": "tokens", "segment_length": 32},
-            "field": "n_tokens",
-            "sizes": [1, 2],
-        }
+def test_records_and_the_report(tiny_llama, tokenizer, tmp_path):
+    results = evaluate(small(tiny_llama, tokenizer, tmp_path / "base"), tmp_path / "out", progress=False)
+    own = [r for r in results.records if r.get("text") == "own"]
+    assert {(r["seed"], r["size"], r["length"]) for r in own} == {
+        (s, z, n) for s in (0, 1) for z in (1, 2) for n in (4, 8)
     }
-    kinds["memory tokens"]["lengths"] = [4, 8]
-    config = BitsConfig(model=str(base), steps=2, kinds=kinds, seeds=[0, 1])
-    first, second = evaluate(config, tmp_path / "out", progress=False)
-    assert len(first["cells"]) == 4 and first["cells"] != second["cells"]
-    for cell in first["cells"]:
-        assert cell["bits"] == pytest.approx(cell["recalled"] * math.log2(first["alphabet"]))
+    for record in (r for r in results.records if "bits" in r):
+        same = [r["recalled"] for r in own if (r["seed"], r["size"]) == (record["seed"], record["size"])]
+        assert record["bits"] == pytest.approx(max(same) * -math.log2(own[0]["chance"]))
+        assert record["bits_per_byte"] == record["bits"] / record["bytes"]
     assert (tmp_path / "out" / "bits.png").read_bytes().startswith(b"\x89PNG")
-    assert "## memory tokens" in (tmp_path / "out" / "summary.md").read_text()
-    (tmp_path / "out" / "seed1" / "report.json").unlink()
-    changed = {**first, "wall_s": -1}
-    (tmp_path / "out" / "seed0" / "report.json").write_text(json.dumps(changed))
-    assert [r["wall_s"] < 0 for r in evaluate(config, tmp_path / "out", progress=False)] == [True, False]
-    with pytest.raises(ValueError, match="give another folder"):
-        evaluate(config.model_copy(update={"steps": 3, "seeds": [2]}), tmp_path / "out", progress=False)
+    assert "## memory tokens: tokens recalled" in (tmp_path / "out" / "report.md").read_text()
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
@@ -10,7 +9,9 @@ import torch
 
 import memlayers as ml
 from memlayers.config import ConfigError
-from memlayers.eval.capacity import CapacityConfig, evaluate, one_text, random_texts, read, tokens_of_words
+from memlayers.eval.experiments.capacity import CapacityConfig, one_text, read
+from memlayers.eval.runner import evaluate
+from memlayers.eval.texts import random_texts, tokens_of_words
 from memlayers.yaml_config import load_yaml
 
 YAML = Path(__file__).parents[2] / "configs" / "eval" / "lora_capacity.yaml"
@@ -21,14 +22,18 @@ def memory(r: int, **writer) -> ml.LoRAMemoryConfig:
     return ml.LoRAMemoryConfig(r=r, lora_alpha=2.0 * r, writer={**WRITER, **writer})
 
 
+def drawn(tokenizer, length: int, seed: int) -> torch.Tensor:
+    return random_texts(tokens_of_words(tokenizer), length, torch.Generator().manual_seed(seed))
+
+
 def test_random_texts(tokenizer):
     alphabet = tokens_of_words(tokenizer)
     assert len(alphabet) > 20 and not set(alphabet) & set(tokenizer.all_special_ids)
-    text, other = random_texts(alphabet, 200, seed=5)
+    text, other = drawn(tokenizer, 200, seed=5)
     assert text.shape == other.shape == (1, 201) and not torch.equal(text, other)
     assert set(text[0].tolist()) | set(other[0].tolist()) <= set(alphabet)
-    assert torch.equal(text, random_texts(alphabet, 200, seed=5)[0])
-    assert not torch.equal(text, random_texts(alphabet, 200, seed=6)[0])
+    assert torch.equal(text, drawn(tokenizer, 200, seed=5)[0])
+    assert not torch.equal(text, drawn(tokenizer, 200, seed=6)[0])
 
 
 def test_reading_counts_every_token_but_the_first_in_its_segment(tiny_llama):
@@ -50,14 +55,13 @@ def test_a_text_is_remembered_and_the_base_left_alone(tiny_llama, tokenizer):
     for part in (tiny_llama.lm_head, tiny_llama.model.embed_tokens):
         part.weight.data *= 20  # a random head is too small to be sure of anything
     before = {name: x.clone() for name, x in tiny_llama.state_dict().items()}
-    found = one_text(tiny_llama, memory(4), 32, tokens_of_words(tokenizer), seed=1)
+    found = one_text(tiny_llama, memory(4), *drawn(tokenizer, 32, seed=1), seed=1)
     widths = sum(sum(m.weight.shape) for n, m in tiny_llama.named_modules() if n.endswith("_proj"))
     assert found["parameters"] == 4 * widths
-    assert found["remembered"] == found["right"].count("1") - found["base"] > 24  # of 32
-    assert found["other_text"] < 8 and len(found["right"]) == 32
-    assert found["share"] == found["remembered"] / 32
-    assert found["tokens_a_parameter"] == found["remembered"] / found["parameters"]
-    assert found["loss"] < 1 < found["base_loss"]
+    right = {arm: sum(right) for arm, (right, _) in found["arms"].items()}
+    assert right["adapter"] - right["base"] > 24 and right["other text"] < 8  # of 32
+    assert len(found["arms"]["adapter"][0]) == 32
+    assert found["arms"]["adapter"][1] < 1 < found["arms"]["base"][1]
     after = tiny_llama.state_dict()
     assert after.keys() == before.keys() and all(torch.equal(after[name], before[name]) for name in before)
 
@@ -68,26 +72,16 @@ def test_every_file(tiny_llama, tokenizer, tmp_path):
     config = CapacityConfig(
         model=str(tmp_path / "base"), ranks=[1, 3], lengths=[6, 12], memory=memory(2, steps=2), seeds=[0, 7]
     )
-    reports = evaluate(config, tmp_path / "out", progress=False)
-    for seed, report in zip((0, 7), reports):
-        folder = tmp_path / "out" / f"seed{seed}"
-        assert {p.name for p in folder.iterdir() if not p.name.startswith(".")} == {
-            "report.json",
-            "report.md",
-            "samples.jsonl",
-            "capacity.png",
-        }
-        assert json.loads((folder / "report.json").read_text()) == json.loads(json.dumps(report))
-        lines = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
-        assert [(r["rank"], r["length"], len(r["right"])) for r in lines] == [
-            (1, 6, 6),
-            (1, 12, 12),
-            (3, 6, 6),
-            (3, 12, 12),
-        ]
-        assert [cell["parameters"] for cell in report["cells"]][2] == 3 * report["cells"][0]["parameters"]
-    summary = (tmp_path / "out" / "summary.md").read_text()
-    assert "seeds 0, 7" in summary and "## 12 tokens" in summary
+    results = evaluate(config, tmp_path / "out", progress=False)
+    made = [r for r in results.records if "remembered" in r]
+    assert [(r["seed"], r["rank"], r["length"]) for r in made] == [
+        (s, r, n) for s in (0, 7) for r in (1, 3) for n in (6, 12)
+    ]
+    assert made[2]["parameters"] == 3 * made[0]["parameters"]
+    for record in made:
+        assert record["share"] == record["remembered"] / record["length"]
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert "seeds 0, 7" in text and "## 12 tokens" in text
 
 
 def test_every_rank_has_the_same_scaling():

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from transformers import AutoTokenizer
 
 import memlayers as ml
 from memlayers.config import ConfigError
-from memlayers.eval.cartridge import CartridgeEvalConfig, TextsSection, after_reading, draw, evaluate
-from memlayers.eval.cartridge_report import kept, pooled
+from memlayers.eval.experiments.cartridge import (
+    EXPERIMENT,
+    CartridgeEvalConfig,
+    TextsSection,
+    after_reading,
+    draw,
+)
 from memlayers.eval.models import load_plain
-from memlayers.eval.output import read_report
+from memlayers.eval.report import to_frame
+from memlayers.eval.runner import evaluate
 from memlayers.tasks.words import NOISE_SENTENCES
 from memlayers.yaml_config import load_yaml
 
@@ -53,48 +58,44 @@ def small(tiny_llama, tokenizer, tmp_path):
 
 def test_every_arm(small, tmp_path):
     out = tmp_path / "out"
-    reports = evaluate(small, out, progress=False)
-    assert read_report(out / "seed3" / "report.json") == reports[0]
-    assert (out / "seed3" / "report.md").read_text() == (out / "summary.md").read_text()
-    rows = {(r["texts"], r["arm"], r["tokens"]): r for r in pooled(reports)}
+    results = evaluate(small, out, progress=False)
     refined = [a for w in WRITERS for a in (w, f"{w}, another text's")]
     arms = [("whole text", 20), ("nothing", 1)]
     arms += [(arm, size) for size in (4, 20) for arm in ("last tokens", "not refined")]
     arms += [(arm, 4) for arm in refined]
-    assert set(rows) == {(source, *arm) for source in ("own", "file") for arm in arms}
+    found = {(r["texts"], r["arm"], r["tokens"]) for r in results.records if "loss" in r}
+    assert found == {(source, *arm) for source in ("own", "file") for arm in arms}
     for source in ("own", "file"):
-        of = {(arm, tokens): row for (s, arm, tokens), row in rows.items() if s == source}
-        assert of["not refined", 20]["ratio"] == pytest.approx((1, 1, 1), abs=1e-4)
-        assert of["last tokens", 20]["ratio"] == pytest.approx((1, 1, 1), abs=1e-6)
-        assert of["whole text", 20]["kept"] == (1, 1, 1) and of["nothing", 1]["kept"] == (0, 0, 0)
+
+        def cell(arm, tokens, metric, source=source):
+            found = results.cell(texts=source, arm=arm, tokens=tokens, metric=metric)
+            return found["value"], found["low"], found["high"]
+
+        assert cell("not refined", 20, "beside reading") == pytest.approx((1, 1, 1), abs=1e-4)
+        assert cell("last tokens", 20, "beside reading") == pytest.approx((1, 1, 1), abs=1e-6)
+        assert cell("whole text", 20, "kept") == pytest.approx((1, 1, 1))
+        assert cell("nothing", 1, "kept") == (0, 0, 0)
         # keys and values of 2 layers, 2 heads of 8 numbers in float32, and an int64 for the length
-        assert of["not refined", 4]["bytes"] == 4 * 2 * 2 * 2 * 8 * 4 + 8 == of["distilled", 4]["bytes"]
-        assert of["distilled", 4]["perplexity"] != of["not refined", 4]["perplexity"]
-        assert of["distilled, another text's", 4]["perplexity"] != of["distilled", 4]["perplexity"]
-    assert "| distilled | 4 | 1,032 |" in (out / "summary.md").read_text()
+        sizes = {r["bytes"] for r in results.records if r.get("tokens") == 4 and r["bytes"]}
+        assert sizes == {4 * 2 * 2 * 2 * 8 * 4 + 8}
+        refined = cell("distilled", 4, "perplexity")
+        assert refined != cell("not refined", 4, "perplexity")
+        assert refined != cell("distilled, another text's", 4, "perplexity")
     assert (out / "perplexity.png").read_bytes()[:4] == b"\x89PNG"
-
-
-def test_a_seed_that_is_there_is_not_measured_again(small, tmp_path, monkeypatch):
-    small = small.model_copy(update={"texts": {"own": TextsSection(n=2)}, "writers": {}, "seeds": [3, 4]})
-    first = evaluate(small, tmp_path / "out", progress=False)
-    assert [row["n"] for row in pooled(first)] == [4] * len(first[0]["cells"])
-    monkeypatch.setattr("memlayers.eval.cartridge.measure", lambda *_: pytest.fail("measured again"))
-    assert evaluate(small, tmp_path / "out", progress=False) == first
 
 
 def test_not_refined_is_reading_the_first_tokens(small, tmp_path):
     small = small.model_copy(update={"writers": {}})
-    (report,) = evaluate(small, tmp_path / "out", progress=False)
+    results = evaluate(small, tmp_path / "out", progress=False)
     base, tokenizer = load_plain(small.model).eval(), AutoTokenizer.from_pretrained(small.model)
     for source, section in small.texts.items():
         rows = draw(base, tokenizer, section, 28, seed=3)
-        (cell,) = [
-            c for c in report["cells"] if (c["texts"], c["arm"], c["tokens"]) == (source, "not refined", 4)
+        found = [
+            r["loss"]
+            for r in results.records
+            if (r["texts"], r["arm"], r["tokens"]) == (source, "not refined", 4)
         ]
-        assert cell["loss"] == pytest.approx(
-            after_reading(base, rows[:, :4], rows[:, 20:]).tolist(), abs=1e-4
-        )
+        assert found == pytest.approx(after_reading(base, rows[:, :4], rows[:, 20:]).tolist(), abs=1e-4)
 
 
 def test_texts_are_drawn_from_a_file_and_by_the_base(small, tokenizer):
@@ -109,11 +110,11 @@ def test_texts_are_drawn_from_a_file_and_by_the_base(small, tokenizer):
 
 
 def test_the_share_kept():
-    read, nothing = np.array([1.0, 2.0]), np.array([2.0, 5.0])
-    assert kept((read + nothing) / 2, read, nothing, 100)[0] == 0.5
-    assert kept(read, read, nothing, 100) == (1, 1, 1) and kept(nothing, read, nothing, 100) == (0, 0, 0)
-    value, low, high = kept(np.array([1.0, 5.0]), read, nothing, 100)
-    assert (value, low, high) == (0.25, 0, 1)
+    frame = to_frame(
+        [{"seed": 0, "unit": n, "gained": g, "whole": w} for n, (g, w) in enumerate([(1, 1), (0, 3)])]
+    )
+    found = EXPERIMENT.metric("kept").estimate(frame, 100, 0)
+    assert (found["value"], found["low"], found["high"]) == (0.25, 0, 1)
 
 
 @pytest.mark.parametrize(

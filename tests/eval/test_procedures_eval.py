@@ -11,11 +11,10 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from memlayers.config import ConfigError
-from memlayers.eval import procedures_report
+from memlayers.eval.experiments.procedures import ProceduresEvalConfig, ProceduresRun
+from memlayers.eval.learners import LoraArm, LoraLearner, TaskTokensArm, TokenLearner, learner_uses, tensors
 from memlayers.eval.models import load_plain
-from memlayers.eval.procedures import Trial, evaluate
-from memlayers.eval.procedures_arms import LoraLearner, TokenLearner, learner_uses, tensors
-from memlayers.eval.procedures_config import LoraArm, ProceduresEvalConfig, TaskTokensArm
+from memlayers.eval.runner import evaluate
 from memlayers.tasks.procedures import ProceduresConfig, ProceduresTask
 from memlayers.yaml_config import load_yaml
 
@@ -52,39 +51,31 @@ def config(base: Path, **fields) -> ProceduresEvalConfig:
 
 def test_the_whole_path(base, tmp_path):
     out = tmp_path / "out"
-    (report,) = evaluate(config(base), out, progress=False)
-    assert {p.name for p in (out / "seed7").iterdir() if not p.name.startswith(".")} == {
-        "report.json",
-        "report.md",
-        "samples.jsonl",
-        "procedures.png",
-    }
-    assert {p.name for p in out.iterdir() if not p.name.startswith(".")} == {
-        "seed7",
-        "summary.md",
-        "procedures.png",
-    }
-    rows = [json.loads(line) for line in (out / "seed7" / "samples.jsonl").read_text().splitlines()]
+    results = evaluate(config(base), out, progress=False)
+    rows = [r for r in results.records if "query" in r]
     # base and prompt once; each arm after 3 and after 6 procedures; two arms of task tokens with three controls
     assert len(rows) == 2 * (2 * 6 + 3 * (3 + 6) + 2 * 3 * 6)
+    found = {r["arm"]: r for r in results.records if "parameters" in r}
     for arm in ("tokens", "tokens, replay"):
-        assert report["arms"][arm]["earlier_rows_and_base_identical"] is True
-        assert report["arms"][arm]["parameters"] == 6 * 16
-        off = [r["said"] for r in rows if r["arm"] == f"{arm}: memory off"]
-        assert off == [r["said"] for r in rows if r["arm"] == "base"]
-    assert report["arms"]["lora"]["parameters"] == 4 * 32 + 3 * 32  # q, k, v, o; gate, up, down
-    assert set(report["accuracy"]["tokens"]["2"]) == {"1", "2", "earlier", "all"}
-    assert report["drop"]["lora"]["2"]["accuracy"]["n"] == 6 and "1" not in report["drop"]["lora"]
-    # A seed that is there is not measured again, and not taken for one of another config.
-    before = (out / "seed7" / "report.json").stat().st_mtime_ns
-    evaluate(config(base), out, progress=False)
-    assert (out / "seed7" / "report.json").stat().st_mtime_ns == before
-    with pytest.raises(ValueError, match=r"seed7.report.json: measured with another config"):
-        evaluate(config(base, steps=4), out, progress=False)
+        assert found[arm]["earlier_identical"] is True and found[arm]["parameters"] == 6 * 16
+        off = [r["prediction"] for r in rows if r["arm"] == f"{arm}: memory off"]
+        assert off == [r["prediction"] for r in rows if r["arm"] == "base"]
+    assert found["lora"]["parameters"] == 4 * 32 + 3 * 32  # q, k, v, o; gate, up, down
+    cell = results.cell(arm="lora", after=2, metric="drop of earlier ones")
+    assert (cell["n"], cell["units"]) == (6, 3)
+
+
+def test_a_drop_is_against_the_time_of_the_own_batch(base, tmp_path):
+    rows = [r for r in evaluate(config(base), tmp_path / "out", progress=False).records if "query" in r]
+    for row in (r for r in rows if "accuracy_drop" in r):
+        same = [r for r in rows if all(r[key] == row[key] for key in ("arm", "unit", "item"))]
+        (then,) = (r for r in same if r["after"] == r["batch"])
+        assert row["batch"] < row["after"]
+        assert row["accuracy_drop"] == then["correct"] - row["correct"]
 
 
 def test_both_learn_from_the_same_uses(base):
-    trial = Trial(config(base), seed=7)
+    trial = ProceduresRun(config(base), 7, iter)
     batch, seen = trial.batches[0], []
     for kind, settings in ((TokenLearner, TaskTokensArm()), (LoraLearner, LoraArm(says="words"))):
         learner = kind(settings, load_plain(str(base)), trial.task)
@@ -108,26 +99,6 @@ def test_labels_are_what_follows_the_prompt():
     assert found["labels"].tolist() == [[-100, -100, 7, -100], [-100, 8, 9, 10]]
 
 
-def row(after: int, batch: int, procedure: str, query: str, correct: bool, seed: int = 0) -> dict:
-    keys = {"seed": seed, "arm": "x", "after": after, "batch": batch, "procedure": procedure, "query": query}
-    return {**keys, "correct": correct, "routed": True}
-
-
-def test_a_drop_is_against_the_time_of_the_own_batch():
-    rows = [row(1, 1, p, q, True) for p in "ab" for q in "12"]
-    rows += [row(2, 1, p, q, p == "a") for p in "ab" for q in "12"] + [row(2, 2, "c", "1", False)]
-    rows += [row(3, 1, p, q, True) for p in "ab" for q in "12"] + [row(3, 2, "c", "1", True)]
-    rows += [row(3, 3, "d", "1", True)]
-    found = procedures_report.measured(rows, 200, 0)
-    drop = found["drop"]["x"]
-    assert drop["2"]["accuracy"]["drop"] == 0.5 and drop["2"]["routing"]["drop"] == 0
-    assert (drop["2"]["accuracy"]["ci_low"], drop["2"]["accuracy"]["ci_high"]) == (0, 1)  # two procedures
-    assert drop["3"]["accuracy"]["drop"] == pytest.approx(-1 / 5)  # c was learned later: it came up
-    cells = found["accuracy"]["x"]
-    assert cells["2"]["all"]["accuracy"] == 2 / 5 and cells["2"]["earlier"]["n"] == 4
-    assert cells["3"]["3"] == {"n": 1, "procedures": 1, "accuracy": 1.0, "routing": 1.0}
-
-
 @pytest.mark.parametrize(
     ("fields", "said"),
     [
@@ -139,7 +110,7 @@ def test_a_drop_is_against_the_time_of_the_own_batch():
 )
 def test_bad_fields(base, fields, said):
     with pytest.raises(ValueError, match=said):
-        Trial(config(base, **fields), seed=0)
+        ProceduresRun(config(base, **fields), 0, iter)
 
 
 def test_a_base_that_is_not_there(tmp_path):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 
@@ -11,16 +10,18 @@ import torch
 
 import memlayers as ml
 from memlayers.config import ConfigError
-from memlayers.eval.models import load_plain
-from memlayers.eval.reversible import (
+from memlayers.eval.experiments.reversible import (
+    EXPERIMENT,
     GIVEN,
     ReversibleEvalConfig,
-    continuation,
-    evaluate,
+    measure_checkpoint,
     right_tokens,
-    share,
-    texts,
+    unseen_segments,
 )
+from memlayers.eval.models import load_plain
+from memlayers.eval.report import to_frame
+from memlayers.eval.runner import evaluate
+from memlayers.eval.texts import training_prose
 from memlayers.tasks.words import NOISE_SENTENCES
 from memlayers.yaml_config import load_yaml
 
@@ -63,16 +64,18 @@ def test_right_tokens_are_those_that_read_back_says(tiny_llama):
 
 
 def test_shares_and_their_intervals():
-    found = share(torch.tensor([6, 3, 0, 6]), 6, seed=0)
-    assert found["tokens"] == 0.625 and found["segments"] == 0.5 and found["n_segments"] == 4
-    assert found["tokens_low"] < 0.625 < found["tokens_high"]
-    assert found["segments_low"] < 0.5 < found["segments_high"]
+    right = enumerate([6, 3, 0, 6])
+    frame = to_frame([{"seed": 0, "unit": n, "right": r, "tokens": 6, "correct": r == 6} for n, r in right])
+    for name, value in (("tokens that come back", 0.625), ("whole segments", 0.5)):
+        found = EXPERIMENT.metric(name).estimate(frame, 100, 0)
+        assert found["value"] == value and found["units"] == 4 and found["low"] < value < found["high"]
 
 
 def test_the_unseen_text_is_not_trained_on(fields, tokenizer, tmp_path):
     sentences = [f"Sentence {n} is here." for n in range(100)]
     Path(fields["file"]).write_text(" ".join(sentences))
-    seen, unseen = texts(ReversibleEvalConfig(**fields), tokenizer, SIZE)
+    config = ReversibleEvalConfig(**fields)
+    seen, unseen = training_prose(config.file, tokenizer), unseen_segments(config, tokenizer, SIZE)
     said = tokenizer.decode(seen)
     assert "Sentence 79 is" in said and "Sentence 80" not in said
     assert unseen.shape == (9, SIZE) and "Sentence 80" in tokenizer.decode(unseen.flatten())
@@ -84,7 +87,7 @@ def test_perplexity_after_a_context(fields, tiny_llama, tokenizer):
     memory = ml.attach(tiny_llama, ml.ReversibleMemoryConfig(**SMALL), name="past")
     memory.norm.weight *= 30  # so that memory matters
     config = ReversibleEvalConfig(**{**fields, "context_segments": 2})
-    plain = texts(config, tokenizer, 3 * SIZE)[1][:3]
+    plain = unseen_segments(config, tokenizer, 3 * SIZE)[:3]
     last, expected = plain[:, -SIZE:], {}
 
     def mean_loss(logits):
@@ -92,16 +95,16 @@ def test_perplexity_after_a_context(fields, tiny_llama, tokenizer):
 
     expected["memory"] = mean_loss(tiny_llama(plain).logits[:, -SIZE:])
     state = ml.write(tiny_llama, plain[[2, 0, 1], :-SIZE])
-    expected["shuffled_memory"] = mean_loss(tiny_llama(last, memory_state=state).logits)
+    expected["shuffled memory"] = mean_loss(tiny_llama(last, memory_state=state).logits)
     with ml.disabled(tiny_llama):
         expected["text"] = mean_loss(tiny_llama(plain).logits[:, -SIZE:])
         expected["nothing"] = mean_loss(tiny_llama(last).logits)
     assert len({round(x, 5) for x in expected.values()}) == 4
-    cell, row = continuation(tiny_llama, tokenizer, config, seed=0)
-    assert set(cell["perplexity"]) == set(GIVEN) and len(row["right"]) == 9 and cell["ratio"] == 3
+    records = list(measure_checkpoint(tiny_llama, tokenizer, config, seed=0))
+    assert len([r for r in records if "right" in r]) == 9 and records[0]["ratio"] == 3
+    losses = {given: [r["loss"] for r in records if r.get("given") == given] for given in GIVEN}
     for given, loss in expected.items():
-        found = cell["perplexity"][given]
-        assert found["perplexity"] == pytest.approx(math.exp(loss), rel=1e-4) and found["tokens"] == 15
+        assert math.exp(sum(losses[given]) / 3) == pytest.approx(math.exp(loss), rel=1e-4)
 
 
 def test_every_file(fields, tmp_path):
@@ -110,24 +113,18 @@ def test_every_file(fields, tmp_path):
     for seed in (0, 7):
         ml.save(base, tmp_path / f"trained{seed}")
     config = ReversibleEvalConfig(**fields, checkpoint=str(tmp_path / "trained{seed}"), context_segments=1)
-    reports = evaluate(config, tmp_path / "out", progress=False)
-    for seed, report in zip((0, 7), reports):
-        folder = tmp_path / "out" / f"seed{seed}"
-        assert {p.name for p in folder.iterdir() if not p.name.startswith(".")} == {
-            "report.json",
-            "report.md",
-            "samples.jsonl",
-        }
-        assert json.loads((folder / "report.json").read_text()) == json.loads(json.dumps(report))
-        lines = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
-        assert [line["arm"] for line in lines] == [*fields["arms"], "checkpoint"]
-        for line in lines[:2]:
-            assert report["arms"][line["arm"]]["tokens"] == pytest.approx(sum(line["right"]) / (9 * SIZE))
-        sizes = {arm["parameters"] for arm in report["arms"].values()}
-        assert len(sizes) == 1, "the plain autoencoder has as many parameters"
+    results = evaluate(config, tmp_path / "out", progress=False)
+    for name in fields["arms"]:
+        right = [
+            r["right"] for r in results.records if (r.get("compressor"), r.get("arm")) == (name, "trained")
+        ]
+        cell = results.cell(compressor=name, metric="tokens that come back")
+        assert len(right) == 2 * 9 and cell["value"] == pytest.approx(sum(right) / (18 * SIZE))
+    sizes = {r["parameters"] for r in results.records if "parameters" in r}
+    assert len(sizes) == 1, "the plain autoencoder has as many parameters"
     assert (tmp_path / "out" / "reversible.png").is_file()
-    summary = (tmp_path / "out" / "summary.md").read_text()
-    assert "seeds 0, 7" in summary and "| separate 3 | 3 | 6 |" in summary and "shuffled memory" in summary
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert "seeds 0, 7" in text and "separate 3" in text and "shuffled memory" in text
 
 
 @pytest.mark.parametrize(
@@ -147,7 +144,7 @@ def test_bad_fields(override, said):
 def test_a_checkpoint_without_such_a_memory(fields, tiny_llama, tokenizer):
     ml.attach(tiny_llama, ml.MemoryTokensConfig(n_tokens=2, segment_length=SIZE))
     with pytest.raises(ValueError, match="checkpoint: needs one reversible memory, found none"):
-        continuation(tiny_llama, tokenizer, ReversibleEvalConfig(**fields), seed=0)
+        list(measure_checkpoint(tiny_llama, tokenizer, ReversibleEvalConfig(**fields), seed=0))
 
 
 def test_the_committed_configs():

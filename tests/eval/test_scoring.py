@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from memlayers.eval.suites.scoring import exact, substring
+from memlayers.eval.scoring import exact, substring
 
 UUID = "0f1e2d3c-4b5a-4697-8879-6a5b4c3d2e1f"
 

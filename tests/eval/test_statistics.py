@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from memlayers.eval.statistics import holm, mcnemar, paired_bootstrap, wilson
+from memlayers.eval.statistics import cluster_bootstrap, holm, mcnemar, wilson
 
 
 def by_hand(k: int, n: int, z: float = 1.959963984540054) -> tuple[float, float]:
@@ -47,7 +47,7 @@ def test_holm_known_values():
 def test_bootstrap_covers_the_normal_interval_for_single_items():
     rng = np.random.default_rng(0)
     differences = rng.integers(-1, 2, 400).astype(float).tolist()
-    low, high = paired_bootstrap(differences, range(400))
+    low, high = cluster_bootstrap(differences, range(400))
     half = 1.96 * np.std(differences) / math.sqrt(400)
     assert low == pytest.approx(np.mean(differences) - half, abs=0.02)
     assert high == pytest.approx(np.mean(differences) + half, abs=0.02)
@@ -58,8 +58,8 @@ def test_bootstrap_is_wider_when_items_share_a_context():
     per_context = rng.integers(0, 2, 40)
     differences = np.repeat(per_context, 10).astype(float).tolist()
     contexts = np.repeat(np.arange(40), 10).tolist()
-    clustered = paired_bootstrap(differences, contexts)
-    naive = paired_bootstrap(differences, range(400))
+    clustered = cluster_bootstrap(differences, contexts)
+    naive = cluster_bootstrap(differences, range(400))
     assert clustered[1] - clustered[0] > 2 * (naive[1] - naive[0])
     assert clustered[1] - clustered[0] == pytest.approx(
         2 * 1.96 * np.std(per_context) / math.sqrt(40), rel=0.2
@@ -68,15 +68,15 @@ def test_bootstrap_is_wider_when_items_share_a_context():
 
 def test_bootstrap_weighs_contexts_by_their_items():
     differences, contexts = [1.0] * 9 + [0.0], [0] * 9 + [1]
-    low, high = paired_bootstrap(differences, contexts)
+    low, high = cluster_bootstrap(differences, contexts)
     assert low == 0.0 and high == 1.0
 
 
 def test_bootstrap_edges():
-    assert paired_bootstrap([1.0, 0.0], [5, 5]) is None
-    assert paired_bootstrap([1.0, 1.0, 1.0], [1, 2, 3]) == (1.0, 1.0)
-    assert paired_bootstrap([1.0, 0.0] * 20, range(40), seed=3) == paired_bootstrap(
+    assert cluster_bootstrap([1.0, 0.0], [5, 5]) is None
+    assert cluster_bootstrap([1.0, 1.0, 1.0], [1, 2, 3]) == (1.0, 1.0)
+    assert cluster_bootstrap([1.0, 0.0] * 20, range(40), seed=3) == cluster_bootstrap(
         [1.0, 0.0] * 20, range(40), seed=3
     )
     with pytest.raises(ValueError, match="clusters"):
-        paired_bootstrap([1.0], [1, 2])
+        cluster_bootstrap([1.0], [1, 2])

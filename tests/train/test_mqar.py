@@ -8,8 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 import memlayers as ml
-from memlayers.eval.config import EvalConfig
-from memlayers.eval.models import FromCheckpoint
+from memlayers.eval.models import FromCheckpoint, ModelConfig
 from memlayers.train.log import read_log
 from memlayers.train.run import train
 
@@ -88,7 +87,7 @@ def test_a_random_base_is_kept_as_it_was_and_named_for_evaluation(config, base, 
     assert before.keys() == after.keys() and not any(name.startswith("memlayers") for name in before)
     name = "model.layers.0.self_attn.q_proj.weight"
     assert not torch.equal(before[name], after[name])
-    source = FromCheckpoint(EvalConfig(model=str(final), suites={"mqar": {"type": "mqar", "n_pairs": [2]}}))
+    source = FromCheckpoint(ModelConfig(model=str(final)), seed=0)
     assert source.missing == {}
     assert torch.equal(source.base().state_dict()[name], before[name])
     assert list(ml.memories(source.untrained())) == ["stream"]
