@@ -149,12 +149,12 @@ def on_the_same_items(first, second, experiment: Experiment, compared: bool = Tr
     """
     keys = [k for k in experiment.keys if k in first and not (compared and k == experiment.compared)]
     ident = [*keys, "seed", *(["run"] if compared and "run" in first else []), "unit", "item"]
-    numbered = [part.assign(**{k: part[k].astype(str) for k in ident}) for part in (first, second)]
-    a, b = (part.set_index(ident) for part in numbered)
+    index = pandas().MultiIndex.from_frame
+    a, b = (part.set_axis(index(part[ident].astype(str))) for part in (first, second))
     if a.index.has_duplicates or b.index.has_duplicates:
         raise ValueError(f"records of one arm name an item twice: {', '.join(ident)} must tell them apart")
-    both = [at for at in a.index if at in b.index]
-    return a.loc[both], b.loc[both]
+    both = a.index.intersection(b.index, sort=False)
+    return a.loc[both].reset_index(drop=True), b.loc[both].reset_index(drop=True)
 
 
 def warnings_of(experiment: Experiment, frame) -> list[str]:

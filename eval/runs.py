@@ -83,7 +83,6 @@ def compare(first: str, second: str) -> tuple[str, object]:
         raise ConfigError(
             f"{a_name} and {b_name} have no item in common: compare runs of the same seeds and tasks"
         )
-    a, b = (part.reset_index() for part in (a, b))
     answers = [name for name in ("answers", "question") if name in a and name in b]
     if any(a[name].tolist() != b[name].tolist() for name in answers):
         raise ConfigError(

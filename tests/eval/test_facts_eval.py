@@ -199,7 +199,7 @@ def test_forgetting_against_an_earlier_run(tiny_llama, tokenizer, blank, task, t
 
 
 def test_a_wrong_run_of_before_is_named(tiny_llama, tokenizer, blank, tmp_path):
-    with pytest.raises(FileNotFoundError, match="nowhere: no records.jsonl is there"):
+    with pytest.raises(FileNotFoundError, match="nowhere: no records"):
         evaluate_model(tiny_llama, tokenizer, before="nowhere")
     evaluate_model(blank, tokenizer, base=blank, output_dir=tmp_path / "few", n=2)
     with pytest.raises(ConfigError, match=r"before: .*few asked for other facts \(n was 2, is None\)"):

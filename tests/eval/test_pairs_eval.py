@@ -1,10 +1,9 @@
-"""The suite of associative recall: what each arm gets to see, teacher forcing in every regime, report and picture."""
+"""Associative recall: what each arm gets to see, teacher forcing under every condition, report and picture."""
 
 from __future__ import annotations
 
 import importlib
 import json
-from collections import defaultdict
 
 import pytest
 import torch
@@ -12,21 +11,24 @@ from transformers import LlamaForCausalLM
 
 import memlayers as ml
 from memlayers.config import ConfigError
-from memlayers.eval.config import ARMS, CONTROLS, EvalConfig, MqarSuiteConfig
-from memlayers.eval.regimes import Asker
-from memlayers.eval.run import evaluate, evaluate_model
+from memlayers.eval import runner
+from memlayers.eval.experiments.pairs import PairsConfig
+from memlayers.eval.models import ARMS, CONTROLS
+from memlayers.eval.probes import TokenProber
 from memlayers.eval.statistics import wilson
-from memlayers.eval.summary import load_group, summary
-from memlayers.eval.tokens import TokenAsker
 from memlayers.tasks import MqarConfig, MqarTask, rng_for
 
 WINDOW = 24
-SUITE = {"type": "mqar", "task": {"type": "mqar", "vocab_size": 60}, "n_pairs": [4], "lengths": [40], "n": 6}
-CELL = {"n", "rows", "accuracy", "ci_low", "ci_high"}
+FIELDS = {"task": {"type": "mqar", "vocab_size": 60}, "n_pairs": [4], "lengths": [40], "n": 6}
+FULL, STREAM, MEMORY = "full_context", "sliding_window", "memory_only"
+
+
+def evaluate_model(model, tokenizer, **fields) -> runner.Results:
+    return runner.evaluate_model(model, tokenizer, "pairs", **{**FIELDS, **fields})
 
 
 class Recaller(LlamaForCausalLM):
-    """Says what followed the last token like this one in its input, else token 0: an oracle for what it gets to see."""
+    """Predicts what followed the last token like this one in its input, else token 0: an oracle for what it gets to see."""
 
     def forward(self, input_ids=None, attention_mask=None, logits_to_keep=0, **kwargs):
         kwargs.pop("use_cache", None)
@@ -54,13 +56,14 @@ def recaller(tiny_llama, monkeypatch):
     return model
 
 
-def cells_of(report: dict, suite: str = "mqar", length: int = 40, n_pairs: int = 4) -> dict:
-    """regime -> arm or control -> cell."""
-    block, out = report["mqar"][suite], defaultdict(dict)
-    for part in ("results", "controls"):
-        for regime, by_length in block[part].items():
-            out[regime] |= by_length[str(length)][str(n_pairs)]
-    return out
+def cells_of(results: runner.Results, length: int = 40, n_pairs: int = 4) -> dict[str, dict]:
+    """condition -> arm or control -> cell."""
+    found = {}
+    for table in results.report["tables"]:
+        for cell in table["cells"]:
+            if (cell.get("length"), cell.get("n_pairs")) == (length, n_pairs) and "over" not in cell:
+                found.setdefault(cell["condition"], {}).setdefault(cell.get("arm"), cell)
+    return found
 
 
 def samples_of(tokenizer, n: int, length: int = 40, **fields) -> list:
@@ -69,29 +72,27 @@ def samples_of(tokenizer, n: int, length: int = 40, **fields) -> list:
 
 
 def test_each_arm_sees_what_it_should(recaller, tokenizer):
-    report = evaluate_model(recaller, tokenizer, {"mqar": SUITE}, base=Recaller(recaller.config))
-    cells = cells_of(report)
-    for regime in "FWD":
-        assert cells[regime]["base"]["accuracy"] == 1.0
-        assert cells[regime]["question_only"]["accuracy"] == 0.0
-        assert 0 < cells[regime]["base_cut"]["accuracy"] < 1
-        assert cells[regime]["base_cut"] == cells[regime]["memory_off"]
-    assert cells["W"]["trained"]["accuracy"] == 1.0
-    assert cells["D"]["trained"]["accuracy"] == 0.0  # the question alone is its input
-    assert cells["W"]["no_needle"]["accuracy"] == cells["D"]["no_needle"]["accuracy"] == 0.0
-    assert "do not fit in attention" in cells["F"]["trained"]["not_run"]
-    assert "no state" in cells["W"]["shuffled_memory"]["not_run"]
-    gain = report["mqar"]["mqar"]["gain"]["W"]["40"]["4"]
-    assert gain["rows"] == 6 and gain["gain"] == pytest.approx(1 - cells["W"]["base_cut"]["accuracy"])
-    assert gain["ci_low"] <= gain["gain"] <= gain["ci_high"]
+    results = evaluate_model(recaller, tokenizer, base=Recaller(recaller.config))
+    cells = cells_of(results)
+    for condition in (FULL, STREAM, MEMORY):
+        assert cells[condition]["base"]["value"] == 1.0
+        assert cells[condition]["question_only"]["value"] == 0.0
+        assert 0 < cells[condition]["base_truncated"]["value"] < 1
+        assert cells[condition]["base_truncated"]["value"] == cells[condition]["memory_disabled"]["value"]
+    assert cells[STREAM]["trained"]["value"] == 1.0
+    assert cells[MEMORY]["trained"]["value"] == 0.0  # the question alone is its input
+    assert cells[STREAM]["no_needle"]["value"] == cells[MEMORY]["no_needle"]["value"] == 0.0
+    assert "do not fit in attention" in cells[FULL]["trained"]["not_run"]
+    assert "no state" in cells[STREAM]["shuffled_memory"]["not_run"]
+    gain = results.cell(condition=STREAM, length=40, arm="trained", over="base_truncated")
+    assert gain["n"] == 6 and gain["value"] == pytest.approx(1 - cells[STREAM]["base_truncated"]["value"])
+    assert gain["low"] <= gain["value"] <= gain["high"]
 
 
-def test_the_cut_arms_see_the_last_tokens_before_each_query(recaller, tokenizer):
+def test_the_truncated_arms_see_the_last_tokens_before_each_query(recaller, tokenizer):
     """Right is a query whose key was written no more than the window before."""
     samples = samples_of(tokenizer, 8)
-    said = TokenAsker(Asker(Recaller(recaller.config), tokenizer, batch_size=5)).in_one_call(
-        samples, last=WINDOW
-    )
+    said = TokenProber(Recaller(recaller.config), tokenizer, batch_size=5).in_one_call(samples, last=WINDOW)
     n_right = 0
     for sample, tokens in zip(samples, said, strict=True):
         (question,) = sample.questions
@@ -104,15 +105,15 @@ def test_the_cut_arms_see_the_last_tokens_before_each_query(recaller, tokenizer)
 
 
 def test_the_last_value_of_a_key_counts(recaller, tokenizer):
-    suite = {**SUITE, "task": {**SUITE["task"], "overwrite": 1.0, "passes": 2}, "lengths": [60]}
-    cells = cells_of(evaluate_model(recaller, tokenizer, {"mqar": suite}), length=60)
-    assert cells["W"]["trained"]["accuracy"] == 1.0
+    task = {**FIELDS["task"], "overwrite": 1.0, "passes": 2}
+    cells = cells_of(evaluate_model(recaller, tokenizer, task=task, lengths=[60]), length=60)
+    assert cells[STREAM]["trained"]["value"] == 1.0
 
 
 def test_intervals_count_rows_and_shares_count_queries(recaller, tokenizer):
-    cell = cells_of(evaluate_model(recaller, tokenizer, {"mqar": SUITE}))["W"]["base_cut"]
-    assert (cell["n"], cell["rows"]) == (24, 6)
-    assert (cell["ci_low"], cell["ci_high"]) == pytest.approx(wilson(round(cell["accuracy"] * 6), 6))
+    cell = cells_of(evaluate_model(recaller, tokenizer))[STREAM]["base_truncated"]
+    assert (cell["n"], cell["units"]) == (24, 6)
+    assert (cell["low"], cell["high"]) == pytest.approx(wilson(round(cell["value"] * 6), 6))
 
 
 @pytest.fixture
@@ -136,7 +137,7 @@ def one_by_one(model, ids: list[int], at: int, state=None) -> int:
 
 def test_one_call_for_all_queries_equals_asking_each_alone(wrapped, tokenizer):
     samples = samples_of(tokenizer, 5)
-    tokens = TokenAsker(Asker(wrapped, tokenizer, batch_size=3))
+    tokens = TokenProber(wrapped, tokenizer, batch_size=3)
     (remembered,), streamed = tokens.from_memory(samples), tokens.in_one_call(samples)
     alone = tokens.question_only(samples)
     for row, sample in enumerate(samples):
@@ -153,14 +154,14 @@ def test_rows_of_several_lengths_are_padded_on_the_left(tiny_llama, tokenizer):
     mixed = (
         samples_of(tokenizer, 2) + samples_of(tokenizer, 2, length=33) + samples_of(tokenizer, 1, n_pairs=3)
     )
-    tokens = TokenAsker(Asker(tiny_llama, tokenizer, batch_size=5))
+    tokens = TokenProber(tiny_llama, tokenizer, batch_size=5)
     assert tokens.in_one_call(mixed) == [said for each in mixed for said in tokens.in_one_call([each])]
 
 
 def test_shuffled_and_zeroed_states(wrapped, tokenizer):
     samples = samples_of(tokenizer, 4)
     twins = [type(s)(s.context, samples[0].questions, s.depths, s.group, s.length) for s in samples]
-    tokens = TokenAsker(Asker(wrapped, tokenizer, batch_size=4))
+    tokens = TokenProber(wrapped, tokenizer, batch_size=4)
     true, shuffled, zeroed = tokens.from_memory(twins, [None, "shuffled_memory", "zeroed_memory"])
     assert shuffled == true[1:] + true[:1]  # one question for all: row i says what row i + 1 would say
     assert len(set(map(tuple, zeroed))) == 1 and len(set(map(tuple, true))) > 1
@@ -168,103 +169,53 @@ def test_shuffled_and_zeroed_states(wrapped, tokenizer):
         tokens.from_memory(samples[:1], ["shuffled_memory"])
 
 
-def test_progress_counts_every_answer(wrapped, tokenizer, monkeypatch):
-    from memlayers.eval.suites import mqar
-
-    counted, promised = [], []
-    monkeypatch.setattr(TokenAsker, "__init__", _counting(TokenAsker.__init__, counted))
-    report = mqar.MqarSuite.report
-    monkeypatch.setattr(
-        mqar.MqarSuite, "report", lambda self: promised.append(self.n_answers) or report(self)
-    )
-    suite = {**SUITE, "n_pairs": [2, 4], "task": {**SUITE["task"], "n_queries": 3}}
-    evaluate_model(wrapped, tokenizer, {"mqar": suite}, batch_size=4)
-    assert sum(counted) == promised[0] > 0
-
-
-def _counting(init, counted: list[int]):
-    def wrapped_init(self, asker):
-        asker.advance = counted.append
-        init(self, asker)
-
-    return wrapped_init
-
-
-def test_shape_of_the_report_and_files(wrapped, tokenizer, tmp_path):
-    tied = {
-        **SUITE,
-        "lengths": None,
-        "n_pairs": [4, 2],
-        "n": 3,
-        "task": {**SUITE["task"], "tokens_per_pair": 8},
-    }
-    suites = {
-        "grid": {**SUITE, "n_pairs": [8, 2], "lengths": [20, 40], "regimes": ["D", "W"], "n": 3},
-        "tied": tied,
-        "passkey": {"task": {"type": "passkey"}, "lengths": [32], "n": 1, "regimes": ["F"]},
-    }
-    out = tmp_path / "out"
-    report = evaluate_model(wrapped, tokenizer, suites, output_dir=out)
-    assert sorted(p.name for p in out.iterdir() if not p.name.startswith(".")) == [
-        "grid.png", "passkey.png", "report.json", "report.md", "samples.jsonl", "tied.png",
-    ]  # fmt: skip
-    assert (out / "tied.png").read_bytes().startswith(b"\x89PNG")
-    assert json.loads((out / "report.json").read_text()) == report
-    grid, tied = report["mqar"]["grid"], report["mqar"]["tied"]
-    assert list(grid["results"]) == ["D", "W"] and list(grid["results"]["D"]) == ["20", "40"]
-    assert list(tied["results"]["F"]) == ["17", "33"]  # with BOS
-    for block in (grid, tied):
-        for part, names in (("results", ARMS), ("controls", CONTROLS)):
-            for by_length in block[part].values():
-                for by_pairs in by_length.values():
-                    for cells in by_pairs.values():
-                        assert list(cells) == list(names)
-                        assert all(set(cell) in (CELL, {"not_run"}) for cell in cells.values())
-    short = grid["results"]["D"]["20"]["8"]["trained"]["not_run"]
+def test_the_report(wrapped, tokenizer, tmp_path):
+    fields = {"n_pairs": [8, 2], "lengths": [20, 40], "conditions": [MEMORY, STREAM], "n": 3}
+    results = evaluate_model(wrapped, tokenizer, output_dir=tmp_path / "out", **fields)
+    assert (tmp_path / "out" / "pairs.png").read_bytes().startswith(b"\x89PNG")
+    short = cells_of(results, 20, 8)[MEMORY]["trained"]["not_run"]
     assert "length 20 is too short for 8 pairs" in short and "at least 33 tokens" in short
-
-    text = (out / "report.md").read_text()
-    assert "## grid, regime D" in text and "## tied, regime F" in text and "## passkey, regime F" in text
-    assert "| 2 | 17 | 6 in 3 rows |" in text and "length 20 is too short" in text
-    rows = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
-    mine = [
-        r
-        for r in rows
-        if (r["suite"], r["regime"], r["arm"]) == ("tied", "D", "trained") and r["n_pairs"] == 4
-    ]
+    for condition in (MEMORY, STREAM):
+        assert {*ARMS, *CONTROLS} <= {*cells_of(results, 40, 2)[condition]}
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert "## memory_only" in text and "length 20 is too short" in text and "6 in 3 rows" in text
+    mine = [r for r in results.records if (r["condition"], r["arm"], r["n_pairs"]) == (MEMORY, "trained", 2)]
+    mine = [r for r in mine if r["length"] == 40]
     assert len(mine) == 3 and all(
-        len(r["keys"]) == len(r["answers"]) == len(r["predictions"]) == 4 for r in mine
+        len(r["keys"]) == len(r["answers"]) == len(r["predictions"]) == 2 for r in mine
     )
     right = sum(a == b for r in mine for a, b in zip(r["answers"], r["predictions"]))
-    assert right / 12 == tied["results"]["D"]["33"]["4"]["trained"]["accuracy"]
+    assert right / 6 == cells_of(results, 40, 2)[MEMORY]["trained"]["value"]
+    lines = (tmp_path / "out" / "records.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines[1:]] == results.records
 
-    lines = summary([load_group(f"ours@D={out}")], "tied").splitlines()
-    assert "|  | regime | 2 pairs, 17 tokens | 4 pairs, 33 tokens |" in lines
-    assert any(line.startswith("| ours: no_needle | D | ") for line in lines)
+
+def test_lengths_that_follow_from_the_pairs(wrapped, tokenizer):
+    task = {**FIELDS["task"], "tokens_per_pair": 8}
+    results = evaluate_model(
+        wrapped, tokenizer, task=task, lengths=None, n_pairs=[4, 2], n=2, arms=["base"], controls=[]
+    )
+    assert {(r["n_pairs"], r["length"]) for r in results.records} == {(2, 17), (4, 33)}  # with BOS
 
 
 def test_same_seed_same_rows_and_other_cells_have_others(wrapped, tokenizer):
-    suites = {"mqar": {**SUITE, "n_pairs": [3, 4], "n": 2, "regimes": ["D"]}}
-    few = {"arms": ["trained"], "controls": []}
-    first, again, other = (evaluate_model(wrapped, tokenizer, suites, seed=s, **few) for s in (0, 0, 1))
-    assert first["samples"] == again["samples"] != other["samples"]
-    keys = {tuple(row["keys"][:2]) for row in first["samples"] if row["arm"] == "trained"}
-    assert len(keys) == 4
+    few = {"arms": ["trained"], "controls": [], "n_pairs": [3, 4], "n": 2, "conditions": [MEMORY]}
+    first, again, other = (evaluate_model(wrapped, tokenizer, seeds=[s], **few).records for s in (0, 0, 1))
+    assert first == again != other
+    assert len({tuple(row["keys"][:2]) for row in first}) == 4
 
 
 def test_a_plain_model_and_one_row(tiny_llama, tokenizer):
-    cells = cells_of(evaluate_model(tiny_llama, tokenizer, {"mqar": {**SUITE, "n": 1}}))
-    assert cells["F"]["trained"] == cells["F"]["base"]
-    assert "no memory" in cells["F"]["memory_off"]["not_run"]
-    assert "not_run" in cells["D"]["trained"]
+    cells = cells_of(evaluate_model(tiny_llama, tokenizer, n=1))
+    assert cells[FULL]["trained"]["value"] == cells[FULL]["base"]["value"]
+    assert "no memory" in cells[FULL]["memory_disabled"]["not_run"]
+    assert "not_run" in cells[MEMORY]["trained"]
 
 
 def test_longer_than_the_positions_is_not_run(wrapped, tokenizer):
-    cells = cells_of(
-        evaluate_model(wrapped, tokenizer, {"mqar": {**SUITE, "lengths": [300], "n": 2}}), length=300
-    )
-    assert "300 tokens are longer than the model's 256 positions" in cells["D"]["base"]["not_run"]
-    assert set(cells["D"]["trained"]) == CELL and set(cells["W"]["trained"]) == CELL
+    cells = cells_of(evaluate_model(wrapped, tokenizer, lengths=[300], n=2), length=300)
+    assert "300 tokens are longer than the model's 256 positions" in cells[MEMORY]["base"]["not_run"]
+    assert "value" in cells[MEMORY]["trained"] and "value" in cells[STREAM]["trained"]
 
 
 def test_a_checkpoint(wrapped, tiny_llama, tokenizer, tmp_path):
@@ -273,27 +224,25 @@ def test_a_checkpoint(wrapped, tiny_llama, tokenizer, tmp_path):
     ml.detach(wrapped)
     wrapped.save_pretrained(tmp_path / "base")
     tokenizer.save_pretrained(tmp_path / "base")
-    config = EvalConfig(model=str(tmp_path / "out"), suites={"mqar": MqarSuiteConfig(**{**SUITE, "n": 2})})
-    report = evaluate(config, tmp_path / "eval", progress=False)
-    assert all(set(cells_of(report)["D"][name]) == CELL for name in (*ARMS, *CONTROLS))
+    config = PairsConfig(model=str(tmp_path / "out"), **{**FIELDS, "n": 2})
+    cells = cells_of(runner.evaluate(config, tmp_path / "eval", progress=False))
+    assert all("value" in cells[MEMORY][name] for name in (*ARMS, *CONTROLS))
 
 
 @pytest.mark.parametrize(
     ("fields", "told"),
     [
-        ({"task": {"type": "mqar", "n_pairs": 4}}, "suites.mqar.task.n_pairs: the suite's own n_pairs"),
-        ({"task": {"type": "mqar", "tokens_per_pair": 4}}, "suites.mqar.lengths: give lengths or"),
-        ({"task": {"type": "mqar", "passes": 0}}, "suites.mqar.task.passes"),
-        ({"task": {"type": "mqar", "vocab_size": 500}}, "suites.mqar.task.vocab_size: ids below 500"),
-        ({"n_pairs": [4, 4]}, "suites.mqar.n_pairs: [4, 4] names a value twice"),
-        ({"n_pairs": [0]}, "suites.mqar.n_pairs.0"),
-        ({"length": [40]}, "suites.mqar.length: unknown field, did you mean 'lengths'"),
-        ({"regimes": ["P"]}, "suites.mqar.regimes.0"),
-        ({"type": "mqra"}, "suites.mqar: type 'mqra' is not one of"),
-        ({"type": "haystack", "task": {"type": "mqar"}}, "type 'mqar' is not one of 'passkey', 'needle'"),
+        ({"task": {"type": "mqar", "n_pairs": 4}}, "task.n_pairs: the experiment's own n_pairs"),
+        ({"task": {"type": "mqar", "tokens_per_pair": 4}}, "lengths: give lengths or"),
+        ({"task": {"type": "mqar", "passes": 0}}, "task.passes"),
+        ({"task": {"type": "mqar", "vocab_size": 500}}, "task.vocab_size: ids below 500"),
+        ({"n_pairs": [4, 4]}, "n_pairs: [4, 4] names a value twice"),
+        ({"n_pairs": [0]}, "n_pairs.0"),
+        ({"length": [40]}, "length: unknown field, did you mean 'lengths'"),
+        ({"conditions": ["closed_book"]}, "conditions.0"),
     ],
 )
 def test_wrong_fields_are_named(tiny_llama, tokenizer, fields, told):
     with pytest.raises(ConfigError) as error:
-        evaluate_model(tiny_llama, tokenizer, {"mqar": {**SUITE, **fields}})
+        evaluate_model(tiny_llama, tokenizer, **fields)
     assert told in str(error.value)
