@@ -95,7 +95,11 @@ def compare(
     second: Annotated[str, typer.Argument(metavar="B", help="Folder of another run on the same items.")],
     debug: Debug = False,
 ) -> None:
-    """What run A has more than run B on the same items: differences, intervals over units, exact McNemar tests."""
+    """What run A has more than run B on the same items.
+
+    A line an arm and cell: the difference with its interval over units, such as haystacks, and an exact McNemar test with
+    Holm's adjustment. Both runs must be of one config, but for the model.
+    """
     quiet()
     from rich.console import Console
 
