@@ -5,10 +5,13 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from memlayers.config import ConfigError
 from memlayers.eval.config import SuiteConfig
 from memlayers.tasks import Sample, make_task, rng_for
 
 INDICES_PER_LENGTH = 1_000_000
+MOST_KEPT = 2**28
+"""Tokens of all texts of one length, which are kept while they are asked: 2 GB."""
 
 
 @dataclass(frozen=True)
@@ -41,10 +44,19 @@ def make_items(suite: SuiteConfig, tokenizer, window: int, seed: int) -> list[It
     return [_at_length(task, suite, length, seed) for length in lengths]
 
 
+def check_kept(n_texts: int, length: int) -> None:
+    """Raise ConfigError where so many texts of `length` tokens are more than MOST_KEPT."""
+    if n_texts * length > MOST_KEPT:
+        raise ConfigError(
+            f"n: {n_texts:,} texts of {length:,} tokens are more than {MOST_KEPT:,} tokens; lower it or the lengths"
+        )
+
+
 def _at_length(task, suite: SuiteConfig, length: int, seed: int) -> Items:
-    per_haystack = getattr(suite.task, "n_questions", 1)
+    n_texts = math.ceil(suite.n / getattr(suite.task, "n_questions", 1))
+    check_kept(n_texts, length)
     samples, empty, depths = [], [], []
-    for index in range(math.ceil(suite.n / per_haystack)):
+    for index in range(n_texts):
         depth, stream = suite.depths[index % len(suite.depths)], length * INDICES_PER_LENGTH + index
         try:
             sample = task.sample(rng_for("eval", seed, stream), length, depth)

@@ -19,7 +19,7 @@ from memlayers.eval.config import EvalConfig, MqarSuiteConfig
 from memlayers.eval.plan import Job, Plan
 from memlayers.eval.regimes import Asker
 from memlayers.eval.statistics import paired_bootstrap, wilson
-from memlayers.eval.suites import INDICES_PER_LENGTH, Items
+from memlayers.eval.suites import INDICES_PER_LENGTH, Items, check_kept
 from memlayers.eval.tokens import TokenAsker, TokenPredictions
 from memlayers.tasks import MqarTask, Sample, rng_for
 
@@ -165,6 +165,7 @@ class MqarSuite:
 
 def _items(task: MqarTask, n_pairs: int, length: int, n: int, seed: int) -> Items:
     """`n` rows and the same without what is asked for; none, with the reason, where they do not fit."""
+    check_kept(n, length)
     first = (length * INDICES_PER_LENGTH + n_pairs) * INDICES_PER_LENGTH
     samples, empty = [], []
     for index in range(first, first + n):

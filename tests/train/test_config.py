@@ -3,9 +3,10 @@
 import pytest
 
 import memlayers as ml
-from memlayers.config import validate
+from memlayers.config import ConfigError, validate
 from memlayers.train.config import TrainConfig
 from memlayers.train.run import train
+from memlayers.train.sources import make_source
 
 
 @pytest.mark.parametrize(
@@ -109,3 +110,27 @@ def test_the_configs_of_the_repository_are_valid():
     for file in files:
         load_yaml(file, [], TrainConfig)
         assert f"--config configs/train/{file.name}" in file.read_text().split("\nmodel:")[0]
+
+
+@pytest.mark.parametrize(
+    ("changes", "data"),
+    [
+        ({"batch_size": 1_000_000}, {}),
+        ({}, {"segment_length": 2**24}),
+        ({}, {"segments": 100_000, "segment_length": 2**20}),
+        ({"batch_size": 1_000_000}, {"type": "text", "files": ["none.txt"], "length": 64}),
+        ({}, {"type": "jsonl", "files": ["none.jsonl"], "length": 2**24}),
+    ],
+    ids=range(5),
+)
+def test_a_batch_that_no_machine_holds_is_not_made(config, fields, tokenizer, changes, data):
+    made = data if "type" in data else {**fields()["data"], **data}
+    with pytest.raises(
+        ConfigError, match=r"batch_size: [\d,]+ items of [\d,]+ tokens are more than 16,777,216"
+    ):
+        make_source(config(data=made, **changes), tokenizer, 24)
+
+
+def test_uses_that_no_machine_holds(config):
+    with pytest.raises(ConfigError, match=r"data\.uses: 1,000,000 of 1,000,000 procedures"):
+        config(data={"type": "procedures", "n": 1_000_000, "uses": 1_000_000})
