@@ -82,7 +82,7 @@ LARGE = [
     ({"type": "associative", "key_dim": 65_536, "nu": 4096}, "nu"),
     ({"type": "product_key", "n_keys": 65_536, "top_k": 1}, "n_keys"),
     ({"type": "product_key", "heads": 4096, "key_dim": 65_536}, "heads"),
-    ({"type": "reversible", "ratios": [4096, 64]}, "ratios"),
+    ({"type": "reversible", "n_tokens": 1, "ratios": [2000]}, "ratios"),
     ({"type": "tokens", "mode": "prefix", "writer_dim": 65_536}, "writer_dim"),
     ({"type": "lora", "r": 65_536}, "r"),
     ({"type": "cartridge", "start": "learned", "n_tokens": 65}, "n_tokens"),
@@ -101,6 +101,15 @@ def test_a_memory_that_does_not_fit_is_not_built(fields, named, monkeypatch):
         ml.attach(model, ml.parse_memory_config(fields))
     assert ml.memories(model) == {} and torch.equal(torch.get_rng_state(), random)
     assert all(torch.equal(p, before[name]) for name, p in model.state_dict().items())
+
+
+def test_places_of_a_level_that_attend_to_each_other():
+    with pytest.raises(ConfigError, match=r"ratios\.1: 64 tokens for 64 times as many are 4,160 places"):
+        ml.ReversibleMemoryConfig(n_tokens=64, ratios=[8, 64])
+    with pytest.raises(
+        ConfigError, match=r"ratios: with 1 tokens they make a segment of 1,073,741,824 text tokens"
+    ):
+        ml.ReversibleMemoryConfig(n_tokens=1, ratios=[1024, 1024, 1024])
 
 
 def test_an_allocator_without_memory_is_a_config_error(monkeypatch):
