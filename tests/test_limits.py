@@ -15,15 +15,12 @@ from memlayers.eval.config import SuiteConfig
 from memlayers.eval.suites import make_items
 from memlayers.train.config import LossSection, TrainConfig
 
-FILES_OF_A_BANK = ("memlayers.lora.store", "memlayers.lora.shard")
-"""What a bank writes for itself, no configs of a user."""
-
 
 def configs(of: type[Strict] = Strict) -> set[type[Strict]]:
-    """All config classes of the package."""
+    """All config classes of the package, without what a bank writes for itself."""
     found = {of} if of.__module__.startswith("memlayers.") else set()
     found = found.union(*(configs(below) for below in of.__subclasses__()))
-    return {cls for cls in found if cls.__module__ not in FILES_OF_A_BANK}
+    return {cls for cls in found if cls in STARTS or not cls.__module__.startswith("memlayers.lora.")}
 
 
 def number_fields() -> list[tuple[type[Strict], str, str]]:
@@ -124,6 +121,15 @@ def test_an_allocator_without_memory_is_a_config_error(monkeypatch):
     monkeypatch.setattr(kind, "for_model", no_memory)
     with pytest.raises(ConfigError, match=says("kind tokens", "not enough memory")):
         ml.attach(llama().base(), ml.MemoryTokensConfig())
+
+
+def test_what_a_teacher_says_is_counted(monkeypatch):
+    real = size.psutil.virtual_memory()
+    model = llama().base()
+    ml.attach(model, ml.CartridgeConfig(n_tokens=2, writer={"distill": {"continuations": 4096, "length": 8}}))
+    monkeypatch.setattr(size.psutil, "virtual_memory", lambda: real._replace(available=10_000_000))
+    with pytest.raises(ConfigError, match=r"writer\.distill\.continuations: lower it, or length"):
+        ml.write(model, torch.randint(3, 40, (1, 8)))
 
 
 def test_counting_draws_no_random_numbers():
