@@ -196,9 +196,9 @@ class LoRABank(BankWriter):
         next update. A shard that has no other documents goes; one that was given no name is called after those that
         it still has.
 
-        A damaged bank forgets too. No other shard is looked at, and none at all where nothing has to be trained again.
-        Where texts of other documents of the same shard are damaged, what is left of them may hold what is to be
-        forgotten, so they go with it, and a warning names them.
+        A damaged bank forgets too: no other shard need be whole, nor the document's own where it holds no others. Where
+        texts of other documents of the same shard are damaged, what is left of them may hold what is to be forgotten,
+        so they go with it, and a warning names them.
 
         When it is interrupted after the change is made, the next `open` or change deletes what is left.
 
@@ -207,13 +207,14 @@ class LoRABank(BankWriter):
 
         Raises:
             KeyError: a document that is not in the bank.
-            FileExistsError: a link, or another name of a file, would keep the text. Nothing was changed; the message
-                says what to delete.
+            FileExistsError: a link, another name of a file, or a copy in a folder of another shard or of none would
+                keep the text. Nothing was changed; the message says what to delete.
             ValueError, BankLocked, OSError: as in `add`.
         """
         gone = ids_of(documents)
         with self._changing() as index:
             old = self._library.holding(index, gone)
+            self._check_no_copies(index, old, gone)
             left, lost = self._without(index, old, gone)
             made = [self._make(index, recipe, progress) for recipe in left]
             manifests = self._put(index, old, made, deletes_first=True)

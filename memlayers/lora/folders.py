@@ -5,13 +5,15 @@ Links are never followed: not at the folder, not at a file.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import stat
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from ..files import DamagedFile, sync_folder, telling
-from .index import SHARD_FILES, Files, sha256
+from .index import DOCUMENTS, SHARD_FILES, Files, sha256
 
 TEMPORARY = re.compile(rf"\.({'|'.join(map(re.escape, sorted(SHARD_FILES)))})\.memlayers-[0-9a-f]{{16}}\.tmp")
 """What `write_whole` leaves of a file of a shard when it is killed."""
@@ -136,6 +138,20 @@ def remove_folder(folder: Path) -> None:
     if left:
         raise FileExistsError(f"{folder / left[0]} is not ours and is not deleted: move it away")
     os.rmdir(folder)
+
+
+def copies_of(shards: Path, documents: Collection[str]) -> Iterator[tuple[str, str]]:
+    """The folders under `shards/` whose texts have lines of some documents, and which; damaged or not, of the bank or
+    not."""
+    starts = {document: json.dumps({"id": document}, ensure_ascii=False)[:-1] for document in documents}
+    for folder in sorted(os.listdir(shards)) if shards.is_dir() else []:
+        try:
+            data = plain_bytes(shards / folder, DOCUMENTS)
+        except (OSError, DamagedFile):
+            continue
+        for document in sorted(documents):
+            if starts[document].encode() in data:
+                yield folder, document
 
 
 def _is_ours(name: str) -> bool:

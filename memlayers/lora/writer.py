@@ -7,8 +7,8 @@ import warnings
 from collections.abc import Collection, Iterator, Sequence
 
 from . import recipes
-from .folders import check_deletable
-from .index import BankIndex, Files, folder_of
+from .folders import check_deletable, copies_of
+from .index import DOCUMENTS, BankIndex, Files, folder_of
 from .making import make_shard
 from .reader import BankReader
 from .recipes import Recipe
@@ -97,6 +97,17 @@ class BankWriter(BankReader):
             left += [] if recipe is None else [recipe]
             lost += sorted(others - texts.keys())
         return left, lost
+
+    def _check_no_copies(self, index: BankIndex, old: Sequence[ShardManifest], gone: Collection[str]) -> None:
+        """Raise FileExistsError where a document of `old` shards lies in another folder too: of a shard that is damaged,
+        because a file was copied over it, or of none, as after an older `bank.json` was put back."""
+        own = {index.shards[manifest.name].folder for manifest in old}
+        for folder, document in copies_of(self._store.shards, gone):
+            if folder not in own:
+                raise FileExistsError(
+                    f"{self._store.shards / folder / DOCUMENTS} holds document {document!r} too, which is not that "
+                    "shard's, and would go on holding it: delete the file, and try again. Nothing was changed"
+                )
 
     def _mend(self, index: BankIndex, name: str, progress: bool) -> bool:
         """Make the files of a damaged shard again that are not whole; whether that could be done."""
