@@ -5,15 +5,16 @@ Links are never followed: not at the folder, not at a file.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import stat
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from pathlib import Path
 
 from ..files import DamagedFile, sync_folder, telling
-from .index import DOCUMENTS, SHARD_FILES, Files, sha256
+from .index import DOCUMENTS, MANIFEST, SHARD_FILES, Files, sha256
 
 TEMPORARY = re.compile(rf"\.({'|'.join(map(re.escape, sorted(SHARD_FILES)))})\.memlayers-[0-9a-f]{{16}}\.tmp")
 """What `write_whole` leaves of a file of a shard when it is killed."""
@@ -140,18 +141,15 @@ def remove_folder(folder: Path) -> None:
     os.rmdir(folder)
 
 
-def copies_of(shards: Path, documents: Collection[str]) -> Iterator[tuple[str, str]]:
-    """The folders under `shards/` whose texts have lines of some documents, and which; damaged or not, of the bank or
-    not."""
-    starts = {document: json.dumps({"id": document}, ensure_ascii=False)[:-1] for document in documents}
-    for folder in sorted(os.listdir(shards)) if shards.is_dir() else []:
-        try:
-            data = plain_bytes(shards / folder, DOCUMENTS)
-        except (OSError, DamagedFile):
-            continue
-        for document in sorted(documents):
-            if starts[document].encode() in data:
-                yield folder, document
+def held(folder: Path, documents: Collection[str]) -> list[str]:
+    """Which of some documents the texts in a folder have a line of, or its manifest names; damaged or not."""
+    found = set()
+    with contextlib.suppress(OSError, DamagedFile):
+        data = plain_bytes(folder, DOCUMENTS)
+        found |= {d for d in documents if json.dumps({"id": d}, ensure_ascii=False)[:-1].encode() in data}
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
+        found |= set(json.loads(plain_bytes(folder, MANIFEST))["documents"]) & set(documents)
+    return sorted(found)
 
 
 def _is_ours(name: str) -> bool:

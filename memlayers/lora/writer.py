@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import warnings
 from collections.abc import Collection, Iterator, Sequence
 
 from . import recipes
-from .folders import check_deletable, copies_of
-from .index import DOCUMENTS, BankIndex, Files, folder_of
+from .folders import check_deletable, held
+from .index import INDEX, BankIndex, Files, folder_of
 from .making import make_shard
 from .reader import BankReader
 from .recipes import Recipe
@@ -101,12 +102,17 @@ class BankWriter(BankReader):
     def _check_no_copies(self, index: BankIndex, old: Sequence[ShardManifest], gone: Collection[str]) -> None:
         """Raise FileExistsError where a document of `old` shards lies in another folder too: of a shard that is damaged,
         because a file was copied over it, or of none, as after an older `bank.json` was put back."""
-        own = {index.shards[manifest.name].folder for manifest in old}
-        for folder, document in copies_of(self._store.shards, gone):
-            if folder not in own:
+        own, shards = {index.shards[manifest.name].folder for manifest in old}, self._store.shards
+        for folder in sorted(set(os.listdir(shards) if shards.is_dir() else []) - own):
+            for document in held(shards / folder, gone):
+                told = (
+                    "bank.repair() may mend that shard, or forget its documents too"
+                    if folder in index.folders
+                    else "delete that folder, and try again"
+                )
                 raise FileExistsError(
-                    f"{self._store.shards / folder / DOCUMENTS} holds document {document!r} too, which is not that "
-                    "shard's, and would go on holding it: delete the file, and try again. Nothing was changed"
+                    f"{shards / folder} holds document {document!r} too, though {INDEX} does not say so, and would go on "
+                    f"holding it: {told}. Nothing was changed"
                 )
 
     def _mend(self, index: BankIndex, name: str, progress: bool) -> bool:
