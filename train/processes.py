@@ -8,6 +8,8 @@ from typing import Any, TypeVar
 
 from accelerate import Accelerator
 from accelerate.utils import gather_object
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 T = TypeVar("T")
 PLAIN = (str, int, Path)
@@ -60,3 +62,13 @@ def _run(accelerator: Accelerator, action: Callable[[], Any] | None) -> tuple[An
         if told is not None:
             raise OtherProcessFailed(f"process {rank} of this run failed: {told}")
     return result, answers[0][1]
+
+
+def let_go(objective: nn.Module) -> None:
+    """Take from what DDP wraps all that holds the process group; it is not used after.
+
+    Else the group dies with DDP's reducer. That one does not let go of Python while it waits for the threads of the
+    group, and these wait for Python: the process would never end.
+    """
+    if isinstance(objective, DistributedDataParallel):
+        objective.reducer = objective.logger = None

@@ -47,7 +47,7 @@ from memlayers.train.model import build_model, check_regime, save_model, segment
 from memlayers.train.objective import Objective
 from memlayers.train.optimizers import make_optimizers, make_schedule, row_sparse_tables
 from memlayers.train.output import FINAL, START, Output
-from memlayers.train.processes import TrainingError, all_or_none, on_main
+from memlayers.train.processes import TrainingError, all_or_none, let_go, on_main
 from memlayers.train.row_sparse_gradients import average_row_sparse, prepare_objective
 from memlayers.train.snapshot import Parts, Progress, put_back, write_own, write_shared
 from memlayers.train.sources import make_source
@@ -97,6 +97,7 @@ def train(config: TrainConfig, resume: bool = False, verify: bool = True) -> Pat
         tables = row_sparse_tables(model, config.optimizer)
         optimizers = make_optimizers(model, config, tables)
         objective = prepare_objective(accelerator, objective, tables.values())
+        stack.callback(let_go, objective)
         prepared = [accelerator.prepare_optimizer(optimizer) for optimizer in optimizers]
         schedules = [make_schedule(optimizer, config) for optimizer in optimizers]
         selection = None
