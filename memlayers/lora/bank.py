@@ -269,8 +269,11 @@ class LoRABank(BankWriter):
             DamagedFile, ConfigError: `bank.json` cannot be read; `open` with `repair=True` makes it again.
             ValueError, BankLocked, OSError: as in `add`.
         """
-        if dry_run:
-            return self._reading(lambda index: examine(self._store, index))
+        while dry_run:
+            index = self._store.read()
+            report = examine(self._store, index)
+            if self._store.read() == index:  # else another process has changed it under our hands
+                return report
         mended = {}
         with self._changing() as index:
             failed = self._store.finish()
