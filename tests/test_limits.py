@@ -76,7 +76,7 @@ def test_texts_that_no_machine_holds_are_not_asked(tokenizer):
 LARGE = [
     ({"type": "neural", "heads": 4096, "head_dim": 65_536}, "head_dim"),
     ({"type": "neural", "expansion": 4096, "depth": 2, "head_dim": 8192}, "head_dim"),
-    ({"type": "associative", "key_dim": 65_536, "nu": 4096}, "nu"),
+    ({"type": "associative", "key_dim": 4096, "nu": 16}, "key_dim"),
     ({"type": "product_key", "n_keys": 65_536, "top_k": 1}, "n_keys"),
     ({"type": "product_key", "heads": 4096, "key_dim": 65_536}, "heads"),
     ({"type": "reversible", "n_tokens": 1, "ratios": [2000]}, "ratios"),
