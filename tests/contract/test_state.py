@@ -184,3 +184,14 @@ def test_an_accumulating_state_grows_with_each_segment(case):
 def test_the_state_has_a_constant_size(case):
     model = case.model()
     assert ml.write(model, tokens(1, SEGMENT)).nbytes == ml.write(model, tokens(1, 9 * SEGMENT)).nbytes
+
+
+@torch.no_grad()
+def test_one_row_that_stands_for_many_is_saved(tmp_path):
+    """A tensor that was expanded from one number has no step from one to the next."""
+    fields = {
+        "length": torch.zeros(1, dtype=torch.int64).expand(3)[:1],
+        "x": torch.ones(1, 1, 2).expand(1, 4, 2),
+    }
+    ml.MemoryState({"m": fields}).save(tmp_path / "x.safetensors")
+    same_state(ml.MemoryState.load(tmp_path / "x.safetensors"), ml.MemoryState({"m": fields}), tolerance=0)
