@@ -11,9 +11,9 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from .checksums import json_checksum, start_of_checksum
+from .safe import bytes_of, write_safetensors
 from .texts import CHECKSUM, DamagedFile, parse_json
 from .whole import write_whole
 
@@ -44,7 +44,7 @@ def write_tensors(path: str | Path, tensors: Mapping[str, torch.Tensor], metadat
         pass
     fields = {**metadata, CHECKSUMS: json.dumps(sums, sort_keys=True)}
     fields[CHECKSUM] = json_checksum(fields)
-    write_whole(path, lambda temporary: save_file(plain, temporary, metadata=fields))
+    write_whole(path, lambda temporary: write_safetensors(temporary, plain, fields))
     return fields[CHECKSUM]
 
 
@@ -144,10 +144,9 @@ def looking_at(path: str | Path, tensors: Mapping[str, torch.Tensor]) -> Iterato
 def _look(name: str, tensor: torch.Tensor) -> tuple[str, bool]:
     """A tensor's checksum and whether it is finite, piece by piece, so that it comes from memory once."""
     digest, finite = start_of_checksum(name, tensor), True
-    flat = tensor.detach().as_strided((tensor.numel(),), (1,))  # one number is contiguous with any stride
-    for piece in flat.split(PIECE // tensor.itemsize) if tensor.numel() else ():
-        digest.update(piece.view(torch.uint8).numpy())
-        finite = finite and is_finite(piece)
+    for piece in bytes_of(tensor).split(PIECE) if tensor.numel() else ():
+        digest.update(piece.numpy())
+        finite = finite and is_finite(piece.view(tensor.dtype))
     return digest.hexdigest(), finite
 
 
