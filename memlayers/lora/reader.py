@@ -71,7 +71,7 @@ class BankReader:
             groups: for each question, the groups that its asker may read; a row without any gets no shard. A group
                 that has no shards, or never had any, adds nothing.
             top_k: shards a question, at most. Several answer worse than the best one where the router finds it (see
-                eval/results/lora_bank.md); they help where a question needs several.
+                docs/results.md); they help where a question needs several.
 
         Raises:
             ValueError: not a row of groups for each question; top_k below 1; a question without tokens.
