@@ -195,3 +195,20 @@ def test_one_row_that_stands_for_many_is_saved(tmp_path):
     }
     ml.MemoryState({"m": fields}).save(tmp_path / "x.safetensors")
     same_state(ml.MemoryState.load(tmp_path / "x.safetensors"), ml.MemoryState({"m": fields}), tolerance=0)
+
+
+@torch.no_grad()
+@cases(*STATEFUL)
+def test_the_numbers_of_a_state_are_looked_at_once(case, tmp_path, monkeypatch):
+    """Where it came from outside. Looking would make each token wait for the device."""
+    model, looked = case.model(), []
+    for memory in ml.memories(model).values():
+        monkeypatch.setattr(memory, "check_numbers", lambda fields, name: looked.append(name))
+    state = ml.write(model, tokens(2, TEXT), close=False)
+    model.generate(tokens(2, 3), past_key_values=state.select([1, 0]).to_cache(), max_new_tokens=3)
+    assert looked == []
+    state.save(tmp_path / "alice.safetensors")
+    loaded = ml.MemoryState.load(tmp_path / "alice.safetensors").select([1, 0])
+    model.generate(tokens(2, 3), past_key_values=loaded.to_cache(), max_new_tokens=3)
+    answers(model, loaded)
+    assert looked == list(ml.memories(model))
