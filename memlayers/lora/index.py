@@ -121,15 +121,8 @@ def read_index(path: Path) -> BankIndex:
         DamagedFile: not as it was written, or no file.
         ConfigError: of another format, or a field is wrong.
     """
-    try:
-        found = os.lstat(path)
-    except (FileNotFoundError, NotADirectoryError):
-        raise FileNotFoundError(
-            f"no bank at {path.parent}: {INDEX} is missing; LoRABank.create makes one"
-        ) from None
+    index_bytes(path)
     told = "LoRABank.open(..., repair=True) makes it again from the shards that are whole"
-    if not stat.S_ISREG(found.st_mode):
-        raise DamagedFile(f"{path} is a link or no file; a bank follows no links: put the file in its place")
     try:
         data = read_json(path)
     except DamagedFile as error:
@@ -148,6 +141,25 @@ def read_index(path: Path) -> BankIndex:
         return BankIndex.model_validate(data)
     except pydantic.ValidationError as error:
         raise ConfigError(explain(error, BankIndex, where=str(path))) from None
+
+
+def index_bytes(path: Path) -> bytes:
+    """The bytes of `bank.json`, right or wrong.
+
+    Raises:
+        FileNotFoundError: it is not there.
+        DamagedFile: it is a link or no file.
+    """
+    try:
+        if not stat.S_ISREG(os.lstat(path).st_mode):
+            raise DamagedFile(
+                f"{path} is a link or no file; a bank follows no links: put the file in its place"
+            )
+        return path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        raise FileNotFoundError(
+            f"no bank at {path.parent}: {INDEX} is missing; LoRABank.create makes one"
+        ) from None
 
 
 def unproven(path: Path) -> dict[str, Any]:

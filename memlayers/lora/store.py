@@ -27,7 +27,7 @@ from pathlib import Path
 from ..files import FolderInUse, holding_file, make_folder, sync_folder, write_whole
 from ..files.whole import mode_of, remove_leftovers
 from .folders import check_deletable, check_folder, plain_bytes, remove_folder, write_folder
-from .index import INDEX, BankIndex, Files, ShardEntry, read_index, write_index
+from .index import INDEX, BankIndex, Files, ShardEntry, index_bytes, read_index, write_index
 
 LOCK, SHARDS = ".lock", "shards"
 FULL = {errno.ENOSPC, errno.EDQUOT}
@@ -46,6 +46,7 @@ class Store:
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
+        self._last: tuple[bytes, BankIndex] | None = None
 
     @property
     def shards(self) -> Path:
@@ -90,7 +91,13 @@ class Store:
 
     def read(self) -> BankIndex:
         """The bank as it is on disk now; raises as `index.read_index`, and DamagedFile where `shards` is a link."""
-        index = read_index(self.path / INDEX)
+        found = index_bytes(self.path / INDEX)
+        if self._last is not None and self._last[0] == found:  # the same bytes are not looked at twice
+            index = self._last[1]
+        else:
+            index = read_index(self.path / INDEX)
+            is_same = index_bytes(self.path / INDEX) == found  # else replaced meanwhile
+            self._last = (found, index) if is_same else None
         if os.path.lexists(self.shards):
             check_folder(self.shards)
         return index
