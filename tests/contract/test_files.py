@@ -18,7 +18,7 @@ def files_of(folder):
 
 
 @torch.no_grad()
-@cases()
+@cases(scope="all")
 def test_save_then_load_is_exact(case, tmp_path):
     model, ids = case.model(), case.tokens(2, TEXT)
     ml.save(model, tmp_path / "out")
