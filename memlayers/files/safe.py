@@ -46,25 +46,40 @@ def write_safetensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata:
         TypeError: a dtype that the format has no name for; names the tensor.
         OSError: as `open` and `write`.
     """
+    header = _header(tensors, metadata)
+    with open(path, "wb") as file:
+        file.write(header)
+        for name in _order(tensors):
+            file.write(bytes_of(tensors[name]).numpy())
+
+
+def write_metadata(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:
+    """Put other metadata into a file that was just written with these tensors; as many bytes as before."""
+    header = _header(tensors, metadata)
+    with open(path, "r+b") as file:
+        if file.read(8) != header[:8]:
+            raise ValueError(f"{path}: this metadata is not as long as that which it replaces")
+        file.seek(0)
+        file.write(header)
+
+
+def _order(tensors: Mapping[str, torch.Tensor]) -> list[str]:
+    """Those of wide numbers first, so that each starts at a place that its numbers can be read from."""
+    return sorted(tensors, key=lambda name: (-tensors[name].itemsize, name))
+
+
+def _header(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> bytes:
+    """The length of the description of a file, and the description."""
     header, start = {"__metadata__": dict(metadata)}, 0
-    # Those of wide numbers first, so that each starts at a place that its numbers can be read from.
-    order = sorted(tensors, key=lambda name: (-tensors[name].itemsize, name))
-    for name in order:
+    for name in _order(tensors):
         tensor = tensors[name]
         if tensor.dtype not in NAMES:
             raise TypeError(
                 f"tensor {name!r} has numbers of {tensor.dtype}, which safetensors files cannot hold"
             )
-        end = start + tensor.nbytes
-        header[name] = {
-            "dtype": NAMES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [start, end],
-        }
-        start = end
+        place = [start, start + tensor.nbytes]
+        header[name] = {"dtype": NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": place}
+        start = place[1]
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    with open(path, "wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for name in order:
-            file.write(bytes_of(tensors[name]).numpy())
+    return len(text).to_bytes(8, "little") + text
