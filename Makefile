@@ -6,11 +6,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.memlayers-installed
 
-.PHONY: help install demo test lint format clean
+.PHONY: help install demo test test-full lint format clean
 
 help:
 	@echo "make demo    wrap, train and evaluate the embedded tiny base; leaves runs/demo/report.json and passkey.png"
-	@echo "make test    run the tests (JOBS=$(JOBS) processes)"
+	@echo "make test    run the tests (JOBS=$(JOBS) processes); make test-full runs every cell of the matrix, Triton and notebooks"
 	@echo "make lint    ruff check and ruff format --check"
 	@echo "make format  let ruff fix and format"
 	@echo "make clean   remove runs/, build products and caches; .venv stays"
@@ -29,8 +29,12 @@ demo: $(STAMP)
 	$(BIN)/memlayers demo
 
 # One thread a process: the tests use tiny models, on which more threads only get in each other's way.
+PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal
 test: $(STAMP)
-	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal $(ARGS)
+	$(PYTEST) -m "not full" $(ARGS)
+
+test-full: $(STAMP)
+	$(PYTEST) $(ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import memlayers as ml
+from memlayers.config import ConfigError
 from memlayers.core.model import max_positions, reach, stateful
 from memlayers.eval.experiment import Progress
 from memlayers.eval.models import NO_MEMORY, ModelConfig, stages
@@ -14,6 +15,16 @@ from memlayers.tasks import Sample
 
 INDICES_PER_LENGTH = 1_000_000
 """Random streams of items of one length."""
+MOST_KEPT = 2**28
+"""Tokens of all texts of one length, which are kept while they are asked: 2 GB."""
+
+
+def check_kept(n_texts: int, length: int) -> None:
+    """Raise ConfigError where so many texts of `length` tokens are more than MOST_KEPT."""
+    if n_texts * length > MOST_KEPT:
+        raise ConfigError(
+            f"n: {n_texts:,} texts of {length:,} tokens are more than {MOST_KEPT:,} tokens; lower it or the lengths"
+        )
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,8 @@ from typing import Annotated
 
 from pydantic import Field
 
-Layer = Annotated[int, Field(ge=-10_000, le=10_000)]
+MOST_LAYERS = 10_000
+Layer = Annotated[int, Field(ge=-MOST_LAYERS, le=MOST_LAYERS)]
 """Number of a decoder layer; negative counts from the end. The model says which there are."""
 Part = Annotated[int, Field(ge=1, le=4096)]
 """Parts of a network: heads, layers, multiples of a width, memory tokens of a segment."""

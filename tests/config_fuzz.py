@@ -6,6 +6,7 @@ import copy
 import datetime
 import math
 import random
+from collections.abc import Iterator
 from typing import Any
 
 import numpy
@@ -115,10 +116,24 @@ def odd(rng: random.Random) -> Any:
     )
 
 
-def number(rng: random.Random) -> Any:
-    """A number of any size that a field may take."""
-    whole = int(10 ** rng.uniform(0, 8))
-    return rng.choice([whole, whole, rng.randrange(1, 9), 0, -1, 10 ** rng.uniform(-8, 4), rng.random()])
+def resize(rng: random.Random, data: dict) -> dict:
+    """`data` with some of its numbers at other sizes, most of which their fields take."""
+    places = list(_numbers(data))
+    for place, key in rng.sample(places, min(len(places), rng.randrange(1, 4))):
+        whole = isinstance(place[key], int)
+        place[key] = int(10 ** rng.uniform(0, 5)) if whole else 10 ** rng.uniform(-6, 3)
+        if rng.random() < 0.05:
+            place[key] = rng.choice([0, -1, 10**9, 1e300, None])
+    return data
+
+
+def _numbers(data: Any) -> Iterator[tuple[Any, Any]]:
+    """Where the numbers in `data` are."""
+    for key, value in data.items() if isinstance(data, dict) else enumerate(data):
+        if type(value) in (int, float):
+            yield data, key
+        elif isinstance(value, dict | list):
+            yield from _numbers(value)
 
 
 def start(rng: random.Random, of: type[Strict]) -> dict:
@@ -126,8 +141,8 @@ def start(rng: random.Random, of: type[Strict]) -> dict:
     return of(**copy.deepcopy(rng.choice(STARTS[of]))).model_dump()
 
 
-def spoil(rng: random.Random, data: dict, value, times: int) -> dict:
-    """`data` with some values replaced by `value(rng)`, taken out, misspelt or put elsewhere."""
+def spoil(rng: random.Random, data: dict, times: int) -> dict:
+    """`data` with some values replaced by odd ones, taken out, misspelt or put elsewhere."""
     for _ in range(times):
         here, path = data, []
         while True:
@@ -144,13 +159,13 @@ def spoil(rng: random.Random, data: dict, value, times: int) -> dict:
         place, key = path[-1]
         how = rng.random()
         if how < 0.75 or isinstance(place, list):
-            place[key] = value(rng)
+            place[key] = odd(rng)
         elif how < 0.85:
             del place[key]
         elif how < 0.95:
             place[f"{key}s"] = place.pop(key)
         else:
-            place[rng.choice([key, "type", "zzz", 1, None, ("a",), "a.b", ""])] = value(rng)
+            place[rng.choice([key, "type", "zzz", 1, None, ("a",), "a.b", ""])] = odd(rng)
     return data
 
 

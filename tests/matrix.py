@@ -7,6 +7,8 @@ than the tolerances of the tests.
 
 from __future__ import annotations
 
+import copy
+import functools
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -44,7 +46,7 @@ class Case:
 
     def base(self) -> PreTrainedModel:
         """The model without memory, in eval mode, float32; the same weights on each call."""
-        return self.architecture.build().eval()
+        return copy.deepcopy(prototype(self.architecture))
 
     def model(self, kind: Kind | None = None, **attach) -> PreTrainedModel:
         """The model with its memories, whose parameters are shaken so that none is at a neutral value."""
@@ -55,6 +57,12 @@ class Case:
         ids, new = tokens(rows, length, seed), torch.arange(VOCAB, VOCAB + self.kind.n_new_tokens)
         ids[:, 1 : 1 + len(new)] = new
         return ids
+
+
+@functools.cache
+def prototype(architecture: Architecture) -> PreTrainedModel:
+    """The model that copies are made of: building one takes longer than copying it."""
+    return architecture.build().eval()
 
 
 def wrap(model: PreTrainedModel, kind: Kind, shake: bool = True, **attach) -> PreTrainedModel:
@@ -179,28 +187,52 @@ ARCHITECTURES = [
 ]
 
 
-def params(applies: Callable[[Kind], bool] = lambda kind: True, why: str = "") -> list:
-    """The matrix as pytest parameters; a cell whose architecture is absent, or to whose kind the part of the
-    contract does not apply, is collected as skipped with its reason."""
+REPRESENTATIVES = {
+    *("recurrent", "prefix", "reversible", "associative", "neural_mag", "neural_mac"),
+    *("lora", "cartridge", "product_key", "task_tokens"),
+}
+"""One kind for each way in which memory stands in a model; the others differ from them in arithmetic, for which one
+architecture is enough."""
+CORE = {"llama", "gpt2", "mistral_sliding", "gemma3"}
+"""Architectures that differ in what memory meets: turned positions or a table, a sliding window, mixed layers."""
+
+
+def params(applies: Callable[[Kind], bool] = lambda kind: True, why: str = "", scope: str = "core") -> list:
+    """The matrix as pytest parameters, without cells to whose kind the part of the contract does not apply.
+
+    `make test` runs a part of it: every kind on llama, and representatives on the architectures of the scope, `core`, `all`
+    or `none`; the rest carries the mark `full` (docs/testing.md shows that this part finds the same faults). A cell whose
+    architecture is absent is collected as skipped with its reason.
+    """
     cells = []
-    for kind in KINDS:
+    for kind in filter(applies, KINDS):
         for architecture in ARCHITECTURES:
             if kind.only and architecture.name not in kind.only:
                 continue
-            reason = architecture.skip or (None if applies(kind) else f"{kind.name}: {why}")
-            marks = [pytest.mark.skip(reason=reason)] if reason else []
+            marks = [] if _is_quick(kind, architecture, scope) else [pytest.mark.full]
+            if architecture.skip:
+                marks.append(pytest.mark.skip(reason=architecture.skip))
             cells.append(
                 pytest.param(Case(kind, architecture), id=f"{architecture.name}-{kind.name}", marks=marks)
             )
     return cells
 
 
+def _is_quick(kind: Kind, architecture: Architecture, scope: str) -> bool:
+    if architecture.name == "llama":
+        return True
+    others = {"none": set(), "core": CORE, "all": {a.name for a in ARCHITECTURES}}[scope]
+    return kind.name in REPRESENTATIVES and architecture.name in others
+
+
 LEARNS = (lambda kind: kind.learns, "has no parameters")
 
 
-def cases(applies: Callable[[Kind], bool] = lambda kind: True, why: str = "") -> pytest.MarkDecorator:
-    """Decorator: run a test on every cell for which `applies(kind)`; `why` says what the others lack."""
-    return pytest.mark.parametrize("case", params(applies, why))
+def cases(
+    applies: Callable[[Kind], bool] = lambda kind: True, why: str = "", scope: str = "core"
+) -> pytest.MarkDecorator:
+    """Decorator: run a test on every cell for which `applies(kind)`; `why` says what the others lack. `scope`: as in `params`."""
+    return pytest.mark.parametrize("case", params(applies, why, scope))
 
 
 def architectures(kind_name: str = "recurrent") -> pytest.MarkDecorator:

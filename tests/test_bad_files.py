@@ -272,3 +272,79 @@ def test_a_loaded_state_of_another_memory(tmp_path):
     ml.write(other, tokens(1, TEXT)).save(path)
     with pytest.raises(ValueError, match=says("'stream'", "written by another memory")):
         llama().model()(tokens(1, 3), memory_state=ml.MemoryState.load(path))
+
+
+def test_states_whose_metadata_is_wrong(tmp_path):
+    path, tensors = tmp_path / "alice.safetensors", {"m.x": torch.ones(2, 3), "m.length": torch.ones(2)}
+    good = {"format": "memlayers.state.v1", "fields": '{"m": ["x", "length"]}', "kinds": '{"m": "tokens"}'}
+    save_file(tensors, path, metadata=good)
+    assert ml.MemoryState.load(path, verify=False).kinds == {"m": "tokens"}
+    with pytest.raises(DamagedFile, match=says(str(path), "no checksums", "verify=False")):
+        ml.MemoryState.load(path)
+    names = ["[]", "null", "5", '{"m": "x"}', '{"m": ["x"]}', '{"m": [["x"], "length"]}', "{", "[" * 200_000]
+    kinds = ["[]", '{"m": 1}', '{"other": "tokens"}', '{"m": ["tokens"]}', "{"]
+    for wrong in [*({"fields": text} for text in names), *({"kinds": text} for text in kinds)]:
+        save_file(tensors, path, metadata={**good, **wrong})
+        with pytest.raises(DamagedFile, match=says(str(path), *wrong)):
+            ml.MemoryState.load(path, verify=False)
+    for part, said in [
+        (torch.ones(3, 3), "batch size"),
+        (torch.tensor(1.0), "batch-first"),
+        (torch.full((2, 3), torch.nan), "'m.x' holds nan or inf"),
+    ]:
+        save_file({**tensors, "m.x": part}, path, metadata=good)
+        with pytest.raises(ValueError, match=says(str(path), said)):
+            ml.MemoryState.load(path, verify=False)
+
+
+def test_a_state_that_is_not_finite_is_not_saved(tmp_path):
+    path = tmp_path / "alice.safetensors"
+    with pytest.raises(ValueError, match=says(str(path), "'m.x'", "nan or inf")):
+        ml.MemoryState({"m": {"x": torch.tensor([[1.0, torch.inf]])}}).save(path)
+    assert not path.exists()
+
+
+def test_a_memory_that_is_not_finite_is_not_saved(saved):
+    model, before = load(saved), (saved / "memory.safetensors").read_bytes()
+    with torch.no_grad():
+        ml.memories(model)["stream"].initial_memory[0, 0] = torch.nan
+    path = saved / "memory.safetensors"
+    with pytest.raises(ValueError, match=says(f"{path}: tensor", "initial_memory", "nan or inf")):
+        ml.save(model, saved)
+    assert path.read_bytes() == before
+
+
+def test_a_base_that_is_a_pickle_or_needs_code_of_its_own(saved, tmp_path):
+    """Beside the memory, and elsewhere: neither is read, nobody is asked."""
+    folder, model = tmp_path / "whole", llama().model()
+    ml.save(model, folder, save_base=True)
+    torch.save(model.state_dict(), tmp_path / "pickle")
+    elsewhere = tmp_path / "elsewhere"
+    for place, name in ((folder, "base"), (saved, str(elsewhere))):
+        base = folder / "base" if name == "base" else elsewhere
+        rewrite(place, base={**read_json(place / "memory_config.json")["base"], "name_or_path": name})
+        if base == elsewhere:
+            (folder / "base").rename(elsewhere)
+        (base / "model.safetensors").unlink(missing_ok=True)
+        (base / "pytorch_model.bin").write_bytes((tmp_path / "pickle").read_bytes())
+        with pytest.raises(FileNotFoundError, match=says(str(base))):
+            ml.load(place, verify=False)
+    config = json.loads((elsewhere / "config.json").read_text())
+    code = {"AutoConfig": "mine.Config", "AutoModelForCausalLM": "mine.Model"}
+    (elsewhere / "config.json").write_text(json.dumps({**config, "model_type": "mine", "auto_map": code}))
+    (elsewhere / "mine.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    with pytest.raises(FileNotFoundError, match=says(str(elsewhere), "code")):
+        ml.load(saved)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_base_is_taken_from_beside_only_where_it_was_saved(saved, tmp_path, monkeypatch):
+    """A folder that lies beside the memory under the name of the base, by chance or by intent, is none."""
+    other = llama().base()
+    other.save_pretrained(saved / "base")
+    other.save_pretrained(saved / "x")
+    monkeypatch.chdir(tmp_path)
+    for name in ("base", "x", "./x", "out/../nowhere", "../out/nothing"):
+        rewrite(saved, base={"name_or_path": name})
+        with pytest.raises(FileNotFoundError, match=says(name, "pass base=")):
+            ml.load(saved)

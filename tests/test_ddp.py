@@ -24,7 +24,6 @@ ENVIRONMENT = {
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(0)
 @pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="this torch has no gloo")
 def test_two_processes_train_each_kind(tmp_path):
     """Texts of another length on each rank in each step, some too short to be written. One pair of processes runs all."""

@@ -5,7 +5,10 @@ import errno
 import pytest
 import torch
 from safetensors import SafetensorError
+from test_cli import run
 
+import memlayers as ml
+from memlayers.cli.common import packaged
 from memlayers.config import ConfigError
 from memlayers.errors import paragraph
 
@@ -37,3 +40,36 @@ def test_what_comes_from_inside_is_one():
 
 def test_every_terminal_takes_it():
     assert paragraph(ValueError("a name \ud800")) == "a name \\ud800"
+
+
+HOSTILE = [
+    b"model: \xff",
+    b"a: " + b"[" * 20_000,
+    b"1: x",
+    b"memories: {m: {type: [x]}}",
+    b"memories: 5",
+    b"",
+    b"\0",
+    b"- a",
+]
+
+
+@pytest.mark.parametrize("raw", HOSTILE, ids=range(len(HOSTILE)))
+@pytest.mark.parametrize("command", ["train", "eval", "wrap"])
+def test_a_hostile_config_is_one_paragraph(tmp_path, command, raw):
+    path = tmp_path / "bad.yaml"
+    path.write_bytes(raw)
+    rest = [tmp_path / "base", "--out", tmp_path / "out"] if command == "wrap" else []
+    code, _, err = run(command, "--config", path, *rest)
+    assert code == 1 and "Traceback" not in err and "defect" not in err
+    assert "bad.yaml" in err or "model" in err or "memories" in err
+
+
+def test_a_full_disk_is_no_defect(tmp_path, monkeypatch):
+    def full(*arguments, **options):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(ml, "save", full)
+    (tmp_path / "m.yaml").write_text("memories: {m: {type: tokens, n_tokens: 2, segment_length: 16}}")
+    code, _, err = run("wrap", packaged("demo/base"), "-c", tmp_path / "m.yaml", "-o", tmp_path / "out")
+    assert code == 1 and "No space left on device" in err and "defect" not in err

@@ -11,17 +11,16 @@ from matrix import llama, says
 import memlayers as ml
 from memlayers.config import ConfigError, Strict, validate
 from memlayers.core import size
+from memlayers.eval.config import SuiteConfig
+from memlayers.eval.suites import make_items
 from memlayers.train.config import LossSection, TrainConfig
-
-FILES_OF_A_BANK = ("memlayers.lora.store", "memlayers.lora.shard")
-"""What a bank writes for itself, no configs of a user."""
 
 
 def configs(of: type[Strict] = Strict) -> set[type[Strict]]:
-    """All config classes of the package."""
+    """All config classes of the package, without what a bank writes for itself."""
     found = {of} if of.__module__.startswith("memlayers.") else set()
     found = found.union(*(configs(below) for below in of.__subclasses__()))
-    return {cls for cls in found if cls.__module__ not in FILES_OF_A_BANK}
+    return {cls for cls in found if cls in STARTS or not cls.__module__.startswith("memlayers.lora.")}
 
 
 def number_fields() -> list[tuple[type[Strict], str, str]]:
@@ -68,13 +67,19 @@ def test_stages_are_not_listed_before_they_are_looked_at():
             validate(TrainConfig, {"curriculum": {"segments": stages}})
 
 
+def test_texts_that_no_machine_holds_are_not_asked(tokenizer):
+    suite = SuiteConfig(task={"type": "passkey"}, n=1_000_000, lengths=[2**24])
+    with pytest.raises(ConfigError, match=r"n: 1,000,000 texts of 16,777,216 tokens are more"):
+        make_items(suite, tokenizer, 16, seed=0)
+
+
 LARGE = [
     ({"type": "neural", "heads": 4096, "head_dim": 65_536}, "head_dim"),
     ({"type": "neural", "expansion": 4096, "depth": 2, "head_dim": 8192}, "head_dim"),
-    ({"type": "associative", "key_dim": 65_536, "nu": 4096}, "nu"),
+    ({"type": "associative", "key_dim": 4096, "nu": 16}, "key_dim"),
     ({"type": "product_key", "n_keys": 65_536, "top_k": 1}, "n_keys"),
     ({"type": "product_key", "heads": 4096, "key_dim": 65_536}, "heads"),
-    ({"type": "reversible", "ratios": [4096, 64]}, "ratios"),
+    ({"type": "reversible", "n_tokens": 1, "ratios": [2000]}, "ratios"),
     ({"type": "tokens", "mode": "prefix", "writer_dim": 65_536}, "writer_dim"),
     ({"type": "lora", "r": 65_536}, "r"),
     ({"type": "cartridge", "start": "learned", "n_tokens": 65}, "n_tokens"),
@@ -95,6 +100,15 @@ def test_a_memory_that_does_not_fit_is_not_built(fields, named, monkeypatch):
     assert all(torch.equal(p, before[name]) for name, p in model.state_dict().items())
 
 
+def test_places_of_a_level_that_attend_to_each_other():
+    with pytest.raises(ConfigError, match=r"ratios\.1: 64 tokens for 64 times as many are 4,160 places"):
+        ml.ReversibleMemoryConfig(n_tokens=64, ratios=[8, 64])
+    with pytest.raises(
+        ConfigError, match=r"ratios: with 1 tokens they make a segment of 1,073,741,824 text tokens"
+    ):
+        ml.ReversibleMemoryConfig(n_tokens=1, ratios=[1024, 1024, 1024])
+
+
 def test_an_allocator_without_memory_is_a_config_error(monkeypatch):
     """Where a memory is counted as small enough and is not."""
     kind = ml.MemoryTokens
@@ -107,6 +121,15 @@ def test_an_allocator_without_memory_is_a_config_error(monkeypatch):
     monkeypatch.setattr(kind, "for_model", no_memory)
     with pytest.raises(ConfigError, match=says("kind tokens", "not enough memory")):
         ml.attach(llama().base(), ml.MemoryTokensConfig())
+
+
+def test_what_a_teacher_says_is_counted(monkeypatch):
+    real = size.psutil.virtual_memory()
+    model = llama().base()
+    ml.attach(model, ml.CartridgeConfig(n_tokens=2, writer={"distill": {"continuations": 4096, "length": 8}}))
+    monkeypatch.setattr(size.psutil, "virtual_memory", lambda: real._replace(available=10_000_000))
+    with pytest.raises(ConfigError, match=r"writer\.distill\.continuations: lower it, or length"):
+        ml.write(model, torch.randint(3, 40, (1, 8)))
 
 
 def test_counting_draws_no_random_numbers():

@@ -192,7 +192,7 @@ def test_it_trains_from_a_yaml_file(run, tmp_path, monkeypatch):
     for bias in mood.bias.values():
         assert bias.abs().max() == torch.tensor(0.05)  # where the last step went further, it was cut
     assert mood.size == 0.5 and mood.usual.any() and all(gate.any() for gate in mood.gate.values())
-    (checkpoint,) = (tmp_path / "out" / "checkpoints").iterdir()
+    (checkpoint,) = (tmp_path / "out" / "checkpoints").glob("step-*")
     fresh = AutoModelForCausalLM.from_pretrained(tmp_path / "base").eval()
     ml.attach(fresh, run().memories["mood"], "mood")
     fresh.load_state_dict(

@@ -1,9 +1,6 @@
-"""The notebooks run from top to bottom, and are committed without outputs. So does the Python of the README."""
+"""The notebooks run from top to bottom, and are committed without outputs."""
 
 import os
-import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -23,8 +20,7 @@ def test_notebook_has_no_outputs(path):
         assert not cell.get("outputs") and cell.get("execution_count") is None
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.full
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_notebook_runs(path, tmp_path, monkeypatch):
     """Every cell runs in a fresh kernel of this Python; the notebook's own assertions hold."""
@@ -35,27 +31,9 @@ def test_notebook_runs(path, tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))
     book = nbformat.read(path, as_version=4)
     client = nbclient.NotebookClient(
-        book, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}}
+        book, timeout=None, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}}
     )
     client.execute()
     assert all(
         cell.execution_count for cell in book.cells if cell.cell_type == "code" and cell.source.strip()
     )
-
-
-def test_the_python_of_the_readme_runs(tmp_path):
-    """In a folder of its own, with the embedded base's path made absolute: nothing else is changed."""
-    (code,) = re.findall(
-        r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL
-    )
-    assert 20 <= len([line for line in code.splitlines() if line.strip()]) <= 35
-    relative = "memlayers/demo/base"
-    assert relative in code
-    code = code.replace(relative, (ROOT / relative).as_posix())
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, env=environment
-    )
-    assert done.returncode == 0, done.stderr
-    assert "The pass key is" in done.stdout
-    assert {path.name for path in tmp_path.iterdir()} == {"alice.safetensors", "out"}

@@ -242,6 +242,19 @@ def test_prose_errors(tokenizer, tmp_path):
     empty.write_text(" \n\n")
     with pytest.raises(ValueError, match="no sentence"):
         make_task(PasskeyConfig(filler="prose", prose_file=str(empty)), tokenizer)
+    empty.write_bytes(b"A house. \xff")
+    with pytest.raises(ConfigError, match=r"prose_file: .*empty\.txt: not UTF-8"):
+        make_task(PasskeyConfig(filler="prose", prose_file=str(empty)), tokenizer)
+
+
+def test_the_mark_before_a_prose_file_is_no_text(tokenizer, tmp_path, prose):
+    path, marked = prose[0], tmp_path / "marked.txt"
+    marked.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    drawn = [
+        make_task(PasskeyConfig(filler="prose", prose_file=str(p)), tokenizer).filler.sentences
+        for p in (path, marked)
+    ]
+    assert drawn[0] == drawn[1]
 
 
 def test_split_sentences():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 
 from .config import TaskData, TrainConfig
-from .resume import Progress
+from .snapshot import Progress
 
 
 class Curriculum:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import (
@@ -16,7 +17,9 @@ import memlayers as ml
 from memlayers.checkpoint import CONFIG
 from memlayers.config import ConfigError
 from memlayers.core.model import reach, stateful, written_by_gradient
-from memlayers.errors import first_line
+from memlayers.core.size import check_fits
+from memlayers.errors import first_line, says_no_memory
+from memlayers.limits import MOST_LAYERS
 from memlayers.loading import load_causal_lm, load_tokenizer
 
 from .config import LossSection, ModelSection, TrainConfig
@@ -46,6 +49,8 @@ def build_model(config: TrainConfig) -> tuple[PreTrainedModel, PreTrainedTokeniz
         except ConfigError as error:
             named = str(error).startswith((f"{name}:", f"{name}."))  # as what two memories disagree on is
             raise ConfigError(f"memories.{error}" if named else f"memories.{name}.{error}") from None
+        except ValueError as error:  # a name that cannot be used
+            raise ConfigError(f"memories: {error}") from None
     for name, memory in ml.memories(model).items():
         try:
             if name in config.memories:  # not where it came with the checkpoint, and has learned
@@ -98,13 +103,7 @@ def save_model(
 def _load(section: ModelSection) -> PreTrainedModel:
     dtype = getattr(torch, section.dtype)
     if section.config is not None:
-        fields = dict(section.config)
-        try:
-            return AutoModelForCausalLM.from_config(
-                AutoConfig.for_model(fields.pop("model_type"), **fields), dtype=dtype, trust_remote_code=False
-            )
-        except (ValueError, TypeError) as error:
-            raise ConfigError(f"model.config: {error}") from None
+        return _random(section.config, dtype)
     if (Path(section.path) / CONFIG).is_file():
         return ml.load(section.path, dtype=dtype)
     try:
@@ -114,6 +113,28 @@ def _load(section: ModelSection) -> PreTrainedModel:
             f"model.path: {section.path!r} is not a folder with a causal language model, nor can such a model be "
             f"fetched from the hub ({first_line(error)})"
         ) from None
+
+
+def _random(fields: dict[str, Any], dtype: torch.dtype) -> PreTrainedModel:
+    """A model with random weights, whose bytes are counted before it is built."""
+    fields = dict(fields)
+    try:
+        config = AutoConfig.for_model(fields.pop("model_type"), **fields)
+        if getattr(config.get_text_config(), "num_hidden_layers", 0) > MOST_LAYERS:
+            raise ConfigError(f"num_hidden_layers: at most {MOST_LAYERS:,} are taken")
+        with torch.random.fork_rng([]), torch.device("meta"):
+            parts = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+        check_fits(
+            sum(p.nbytes for p in parts.parameters()), "hidden_size: lower it or other sizes: the model"
+        )
+        return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+    except ConfigError as error:
+        raise ConfigError(f"model.config.{error}") from None
+    except Exception as error:  # transformers has many, for fields that do not fit
+        if says_no_memory(error):
+            raise
+        told = str(error) if isinstance(error, ValueError | TypeError) else f"{type(error).__name__}: {error}"
+        raise ConfigError(f"model.config: {told}") from None
 
 
 def _tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
@@ -139,6 +160,9 @@ def _inject_lora(model: PreTrainedModel, config: TrainConfig) -> None:
         targets = sorted(
             {n.rsplit(".", 1)[-1] for n, m in model.named_modules() if _is_linear(m) and m is not head}
         )
+    wide = [m for n, m in model.named_modules() if _is_linear(m) and n.endswith(tuple(targets))]
+    numbers = section.r * sum(sum(module.weight.shape) for module in wide)
+    check_fits(4 * numbers, f"lora.r: lower it: a LoRA on {len(wide)} layers")
     lora = LoraConfig(
         r=section.r,
         lora_alpha=section.alpha,

@@ -38,12 +38,14 @@ def make_source(config: TrainConfig, tokenizer, window: int | None) -> Source:
             )
         source = TaskSource(data, tokenizer, data.segment_length or window, batch_size, seed)
         stages = config.curriculum.stages if config.curriculum else [data.segments]
+        _check_batch(batch_size, stages[-1] * source.segment_length)
         _check_lengths(source, stages)
         return source
     if isinstance(data, FactsData):
         return ExampleSource(_facts(data, tokenizer), "P", batch_size, seed, has_accuracy=True)
     if isinstance(data, ProceduresData):
         return ExampleSource(_procedures(data, tokenizer), "F", batch_size, seed, has_accuracy=True)
+    _check_batch(batch_size, data.length)
     if isinstance(data, DatasetData) and data.streaming:
         return StreamSource(data, tokenizer, batch_size, seed)
     if isinstance(data, DatasetData):
@@ -64,12 +66,16 @@ def make_source(config: TrainConfig, tokenizer, window: int | None) -> Source:
     return ExampleSource(examples, data.regime, batch_size, seed, has_accuracy=True)
 
 
+def _check_batch(batch_size: int, length: int) -> None:
+    if batch_size * length > MOST_TOKENS:
+        raise ConfigError(
+            f"batch_size: {batch_size:,} items of {length:,} tokens are more than {MOST_TOKENS:,} in a forward pass; lower "
+            "it, or the length or segments of data"
+        )
+
+
 def _check_lengths(source: TaskSource, stages: list[int]) -> None:
     for stage in (stages[0], stages[-1]):
-        if stage * source.segment_length > MOST_TOKENS:
-            raise ConfigError(
-                f"data: {stage:,} segments of {source.segment_length:,} tokens are more than {MOST_TOKENS:,} in an item"
-            )
         try:
             source.task.sample(rng_for("train", 0, 0), max(stage, 1) * source.segment_length)
         except ValueError as error:

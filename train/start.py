@@ -1,9 +1,9 @@
-"""Before the first step: the accelerator, an output folder that is fresh or fits what it goes on from, and checks."""
+"""Before the first step: the accelerator, checks, and an output folder that is fresh or fits what it goes on from."""
 
 from __future__ import annotations
 
 import json
-import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 from accelerate import Accelerator
@@ -16,7 +16,8 @@ from memlayers.tasks import MqarTask
 
 from .config import TrainConfig
 from .data import TaskSource
-from .resume import clean, complete_checkpoints, saved_config
+from .output import Output
+from .snapshot import read_state
 from .sources import Source
 
 FREE_ON_RESUME = {
@@ -62,36 +63,25 @@ def start_accelerator(config: TrainConfig, output: Path) -> Accelerator:
     return accelerator
 
 
-def prepare_output(config: TrainConfig, resume: bool, accelerator: Accelerator) -> Path | None:
-    """Make `output_dir` ready; returns the checkpoint to resume from, if any.
+def take_output(
+    output: Output, config: TrainConfig, accelerator: Accelerator, start: Callable[[Path], None] | None
+) -> Path | None:
+    """Make `output_dir` ready, which this process must hold; returns the checkpoint to resume from, if any.
+
+    Args:
+        start: writes the base of a model with random weights into a folder; None: there is none.
 
     Raises:
-        FileExistsError: there are checkpoints, and neither `resume` nor `overwrite`.
         ConfigError: the checkpoint was written with another config.
+        As `Output.find_checkpoint` and `Output.begin`.
     """
-    output, found = Path(config.output_dir), None
-    folder = output / "checkpoints"
-    if output.exists() and not output.is_dir():
-        raise ConfigError(f"output_dir: {output} is a file, not a folder")
-    present = complete_checkpoints(folder)
-    if present and not resume and not config.overwrite:
-        raise FileExistsError(
-            f"{folder} already has {len(present)} checkpoints. Go on with --resume, start anew with overwrite=true, "
-            "or choose another output_dir."
-        )
-    if resume and present:
-        found = present[-1]
-        compare_configs(with_defaults(saved_config(found)), config.model_dump(mode="json"), found)
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        if found is None:
-            for name in ("checkpoints", "final"):
-                shutil.rmtree(output / name, ignore_errors=True)
-        folder.mkdir(parents=True, exist_ok=True)
-        clean(folder)
-    accelerator.wait_for_everyone()
-    if config.trackers:
-        accelerator.init_trackers("memlayers", config=flat(config.model_dump(mode="json")))
+    now, found = config.model_dump(mode="json"), None
+    if output.resume:
+        found = output.find_checkpoint(accelerator.print)
+    if found is not None:
+        _, state = read_state(found, output.verify)
+        compare_configs(with_defaults(state["config"]), now, found)
+    output.begin(found is not None, now, start)
     return found
 
 
@@ -102,14 +92,10 @@ def check_embeddings(model, source: Source) -> None:
         task.check_embeddings(model.get_input_embeddings().weight.shape[0], where="data.task")
 
 
-def keep_start(model, tokenizer, folder: Path, accelerator: Accelerator) -> None:
-    """Write the base of a model with random weights before it learns, and name it as what the model comes from:
-    evaluation compares with it."""
-    if accelerator.is_main_process:
-        save_base_model(model, folder)
-        tokenizer.save_pretrained(folder)
-    accelerator.wait_for_everyone()
-    model.config._name_or_path = str(folder)
+def write_start(model, tokenizer, folder: Path) -> None:
+    """Write the base of a model with random weights before it learns: evaluation compares with it."""
+    save_base_model(model, folder)
+    tokenizer.save_pretrained(folder)
 
 
 def with_defaults(saved: dict) -> dict:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from memlayers.config import ConfigError
+from memlayers.config import ConfigError, shown
 from memlayers.files import DamagedFile, read_text
 
 MOST_BYTES = 10_000_000
@@ -97,7 +97,13 @@ def _fields(line: Any, where: str) -> dict[str, str]:
 
 
 def text_ids(tokenizer, text: str) -> list[int]:
-    """Tokens of a whole text, with the tokenizer's BOS, and EOS where it has one. A long text is cut at white space."""
+    """Tokens of a whole text, with the tokenizer's BOS, and EOS where it has one. A long text is cut at white space.
+
+    Raises:
+        ConfigError: no text, but what else a column of a dataset may hold.
+    """
+    if not isinstance(text, str):
+        raise ConfigError(f"data.text_field: a row holds {shown(text)}, which is no text")
     first, *others = _pieces(text)
     ids, end = tokenizer(first, verbose=False)["input_ids"], tokenizer.eos_token_id
     for piece in others:

@@ -14,7 +14,7 @@ from memlayers.config import ConfigError
 from memlayers.eval.experiment import Experiment, Gains, Lines, Progress, Record, Table, Unique
 from memlayers.eval.experiments.recall import Condition
 from memlayers.eval.models import ARMS, CONTROLS, Control, ModelConfig, from_checkpoint, window_of
-from memlayers.eval.plan import INDICES_PER_LENGTH, Answers, Items, ask_all
+from memlayers.eval.plan import INDICES_PER_LENGTH, Answers, Items, ask_all, check_kept
 from memlayers.eval.probes import TokenProber
 from memlayers.eval.statistics import Mean, Share
 from memlayers.limits import Count, Tokens
@@ -73,6 +73,7 @@ def make_items(config: PairsConfig, tokenizer, n_pairs: int, length: int, seed: 
         config.task.model_copy(update={"n_pairs": n_pairs, "tokens_per_pair": None}), tokenizer, split="eval"
     )
     first, keys = (length * INDICES_PER_LENGTH + n_pairs) * INDICES_PER_LENGTH, {"n_pairs": n_pairs}
+    check_kept(config.n, length)
     samples, empty = [], []
     for index in range(first, first + config.n):
         try:

@@ -15,7 +15,7 @@ from pydantic import Field, model_validator
 from memlayers.config import Strict
 from memlayers.eval.experiment import Experiment, Gains, Heatmap, Lines, Progress, Record, Table, Unique
 from memlayers.eval.models import ARMS, CONTROLS, Control, ModelConfig, from_checkpoint, window_of
-from memlayers.eval.plan import INDICES_PER_LENGTH, Answers, Items, ask_all
+from memlayers.eval.plan import INDICES_PER_LENGTH, Answers, Items, ask_all, check_kept
 from memlayers.eval.scoring import exact, substring
 from memlayers.eval.statistics import Mean, Share
 from memlayers.limits import Count, Tokens
@@ -96,8 +96,10 @@ def make_items(name: str, suite: SuiteConfig, tokenizer, window: int, seed: int)
 
 
 def _at_length(task, name: str, suite: SuiteConfig, length: int, seed: int) -> Items:
+    n_texts = math.ceil(suite.n / getattr(suite.task, "n_questions", 1))
+    check_kept(n_texts, length)
     samples, empty, keys = [], [], {"suite": name}
-    for index in range(math.ceil(suite.n / getattr(suite.task, "n_questions", 1))):
+    for index in range(n_texts):
         depth, stream = suite.depths[index % len(suite.depths)], length * INDICES_PER_LENGTH + index
         try:
             samples.append(task.sample(rng_for("eval", seed, stream), length, depth))

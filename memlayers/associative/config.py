@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import Field
 
 from ..config import MemoryConfig
-from ..limits import Layer, Part, Tokens, Width
+from ..limits import Layer, Part, Tokens
 
 
 class AssociativeMemoryConfig(MemoryConfig):
@@ -28,11 +28,11 @@ class AssociativeMemoryConfig(MemoryConfig):
     """
 
     type: Literal["associative"] = "associative"
-    n_tokens: Part = 16
+    n_tokens: int = Field(16, ge=1, le=256)
     segment_length: Tokens = 512
     layers: list[Layer] | None = Field(None, min_length=1)
-    key_dim: Width = 64
-    nu: Part = 3
+    key_dim: Part = 64
+    nu: int = Field(3, ge=1, le=16)
     normalize: bool = True
     correction: bool = True
     bptt_segments: Tokens | None = None

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
@@ -113,26 +115,43 @@ def is_whole(folder: Path, name: str, recorded: str) -> bool:
     return True
 
 
-def check_files(folder: Path, config: dict[str, Any], *, with_base: bool) -> None:
-    """Raise FileNotFoundError or DamagedFile unless the files that `load` reads are those that were written; those with
-    checksums of their own are compared when they are read.
+@contextmanager
+def checking(folder: Path, config: dict[str, Any], *, with_base: bool) -> Iterator[None]:
+    """Raise FileNotFoundError or DamagedFile unless the files that `load` reads are those that were written. The base's
+    tensors are compared in a thread while the context goes on, all else before it; files with checksums of their own
+    are compared when they are read.
 
     Args:
         with_base: whether the base beside the memory is read too.
     """
     files = {n: recorded for n, recorded in config["files"].items() if is_read(n)}
     files = {n: recorded for n, recorded in files.items() if with_base or not n.startswith(f"{BASE}/")}
-    for name, recorded in files.items():
+    for name in files:
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder / name} is missing; the checkpoint is not whole")
-        if not _of_ours(name) and file_checksum(folder / name) != recorded:
-            raise DamagedFile(
-                f"{folder / name} is not as it was written; take a copy of the checkpoint that is whole, or, where the file "
-                "was changed by hand, read it with verify=False"
-            )
     for name in strays(folder, files) if with_base else []:
         raise DamagedFile(
             f"{folder / name} was not written with this checkpoint, and would be read as a part of its base; move it away"
+        )
+    compared = [name for name in files if not _of_ours(name)]
+    with ThreadPoolExecutor(1) as pool:
+        compared.sort(key=lambda name: name.endswith(".safetensors"))
+        found = {name: pool.submit(file_checksum, folder / name) for name in compared}
+        try:
+            for name in compared:
+                if not name.endswith(".safetensors"):
+                    _compare(folder / name, found[name].result(), files[name])
+            yield
+        finally:  # an error that comes of a damaged file is about that file
+            for name in compared:
+                _compare(folder / name, found[name].result(), files[name])
+
+
+def _compare(path: Path, found: str, recorded: str) -> None:
+    if found != recorded:
+        raise DamagedFile(
+            f"{path} is not as it was written; take a copy of the checkpoint that is whole, or, where the file was changed "
+            "by hand, read it with verify=False"
         )
 
 

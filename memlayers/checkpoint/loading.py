@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,7 @@ from ..core.snapshot import Snapshot
 from ..files import check_tensors, read_tensors, reading
 from ..kinds import parse_memory_config
 from ..loading import first_line, load_causal_lm
-from .contents import BASE, CONFIG, WEIGHTS, check_files, has_base, read_config, shape_of
+from .contents import BASE, CONFIG, WEIGHTS, checking, has_base, read_config, shape_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -57,12 +58,18 @@ def load(
 
 
 def _load(folder: Path, base, dtype: torch.dtype | str, verify: bool) -> PreTrainedModel:
-    from transformers import PreTrainedModel
-
     config = read_config(folder, verify=verify)
     beside = base is None and has_base(folder, config)
-    if verify:
-        check_files(folder, config, with_base=beside)
+    with checking(folder, config, with_base=beside) if verify else nullcontext():
+        return _put_together(folder, config, base, beside, dtype, verify)
+
+
+def _put_together(
+    folder: Path, config: dict[str, Any], base, beside: bool, dtype: torch.dtype | str, verify: bool
+) -> PreTrainedModel:
+    """The base, the adapters and the memories. `beside`: whether the base is the one in the folder."""
+    from transformers import PreTrainedModel
+
     tensors = _tensors_of(folder, config, verify)
     if base is not None and not isinstance(base, (str, Path)):
         base = unwrap(base)

@@ -27,7 +27,11 @@ def train(
         ),
     ] = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on from the newest complete checkpoint in output_dir.")
+        bool, typer.Option("--resume", help="Go on from the newest whole checkpoint in output_dir.")
+    ] = False,
+    no_verify: Annotated[
+        bool,
+        typer.Option("--no-verify", help="With --resume: take the newest checkpoint without its checksums."),
     ] = False,
     num_processes: Annotated[
         int, typer.Option(min=1, help="Processes on this machine, one a GPU, or gloo on the CPU.")
@@ -40,13 +44,14 @@ def train(
     it), on what data, with which loss, curriculum and schedule. Unknown fields are errors.
 
     OUTPUT_DIR gets final/ (the trained model, for `memlayers.load`), checkpoints/, log.jsonl and curve.png.
-    A run that was killed goes on with `--resume` to the same weights, bit for bit, on one process.
+    A run that was killed goes on with `--resume` to the same weights, bit for bit, on one process. Nothing in
+    OUTPUT_DIR is replaced or removed that a run has not written; a damaged checkpoint is set aside.
 
     For other machines and launchers: `accelerate launch train/run.py --config FILE`.
     """
     overrides = list(overrides or [])
     if num_processes > 1:
-        launch(config, overrides, resume, num_processes, debug)
+        launch(config, overrides, resume, no_verify, num_processes, debug)
         return
     quiet()
     from memlayers.train.config import TrainConfig
@@ -55,10 +60,10 @@ def train(
     checked = load_yaml(config, overrides, TrainConfig)  # before torch.distributed and all that is slow
     from memlayers.train.run import train as run
 
-    run(checked, resume=resume)
+    run(checked, resume=resume, verify=not no_verify)
 
 
-def launch(config: Path, overrides: list[str], resume: bool, n: int, debug: bool) -> None:
+def launch(config: Path, overrides: list[str], resume: bool, no_verify: bool, n: int, debug: bool) -> None:
     """Run train/run.py in `n` processes and exit with its status.
 
     torchrun and not `accelerate launch`, which on a CPU silently starts one process whatever is asked of it.
@@ -69,7 +74,7 @@ def launch(config: Path, overrides: list[str], resume: bool, n: int, debug: bool
     if torch.cuda.device_count() < n:
         environment["ACCELERATE_USE_CPU"] = "true"
     arguments = ["--config", str(config), *overrides, f"num_processes={n}"]
-    arguments += ["--resume"] * resume + ["--debug"] * debug
+    arguments += ["--resume"] * resume + ["--no-verify"] * no_verify + ["--debug"] * debug
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(n)]
     done = subprocess.run([*torchrun, str(packaged("train/run.py")), *arguments], env=environment)
     if done.returncode:

@@ -24,18 +24,24 @@ def check_fits(need: int, told: str) -> None:
 def check_size(kind: type[Memory], config: MemoryConfig, model: nn.Module) -> None:
     """Build the memory and its state without data, on torch's `meta` device, and count them.
 
-    A kind that cannot be built there is not counted; building it in earnest says what is wrong, if anything is.
+    What cannot be built there is not counted: building it in earnest says what is wrong, if anything is; and a state may
+    come out of the model that the memory is not in yet.
 
     Raises:
         ConfigError: more bytes than are free, names the field that is furthest above its default; or what `for_model`
             raises.
     """
-    try:
-        with torch.random.fork_rng([]), torch.device("meta"):
+    with torch.random.fork_rng([]), torch.device("meta"):
+        try:
             memory = kind.for_model(config, model)
+        except RuntimeError as error:
+            if "meta" in str(error):
+                return
+            raise
+        try:
             state = memory.new_state(ROWS) if isinstance(memory, StatefulMemory) else {}
-    except (RuntimeError, NotImplementedError):
-        return
+        except (RuntimeError, AttributeError):
+            state = {}
     tensors = [*memory.state_dict().values(), *state.values()]
     largest = max(tensors, key=lambda tensor: tensor.nbytes, default=None)
     if largest is not None:

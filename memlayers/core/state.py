@@ -165,13 +165,14 @@ class MemoryState:
         path = Path(path)
         if not path.exists():
             raise FileNotFoundError(f"no memory state at {path}")
-        tensors, metadata = read_tensors(path, verify=verify)
+        # Copies, because a tensor of the file starts anywhere, and products of such round in another way.
+        tensors, metadata = read_tensors(path, verify=verify, device=device)
         if metadata.get("format") not in (FORMAT, WITHOUT_CHECKSUMS):
             raise DamagedFile(f"{path} is a safetensors file but not a memory state (no format {FORMAT!r})")
         names, kinds = _names(path, tensors, metadata)
-        check_finite(path, tensors)
-        # A copy, because a tensor of the file starts anywhere, and products of such round in another way.
-        parts = {n: {f: tensors[f"{n}.{f}"].to(device, copy=True) for f in part} for n, part in names.items()}
+        if not verify:
+            check_finite(path, tensors)
+        parts = {n: {f: tensors[f"{n}.{f}"] for f in part} for n, part in names.items()}
         try:
             return cls(parts, kinds)
         except ValueError as error:

@@ -74,7 +74,9 @@ def _open(path: Path) -> int:
         with telling(path):
             handle = os.open(path, flags, 0o666)
     except OSError as error:
-        raise foreign from None if error.errno == errno.ELOOP else error
+        if error.errno == errno.ELOOP:
+            raise foreign from None
+        raise
     found = os.fstat(handle)
     if not stat.S_ISREG(found.st_mode) or found.st_nlink != 1:
         os.close(handle)

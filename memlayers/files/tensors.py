@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
-from .checksums import json_checksum, tensor_checksum
+from .checksums import json_checksum, start_of_checksum
+from .safe import bytes_of, write_metadata, write_safetensors
 from .texts import CHECKSUM, DamagedFile, parse_json
 from .whole import write_whole
 
 CHECKSUMS = "checksums"
 """Field of a file's metadata that holds the checksum of each tensor."""
+TOLD = "take a copy that is whole, or read it with verify=False"
+UNKNOWN = "0" * 32
+"""What stands in the place of a checksum until it is known; as long as one."""
+PIECE = 1 << 20
+"""Bytes that stay in a processor's cache between two looks at them."""
+THREADS = min(4, os.cpu_count() or 1)
 
 
 def write_tensors(path: str | Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> str:
@@ -33,30 +42,41 @@ def write_tensors(path: str | Path, tensors: Mapping[str, torch.Tensor], metadat
         OSError: as `write_whole`.
     """
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    check_finite(path, plain)
-    sums = {name: tensor_checksum(name, tensor) for name, tensor in plain.items()}
-    fields = {**metadata, CHECKSUMS: json.dumps(sums, sort_keys=True)}
-    fields[CHECKSUM] = json_checksum(fields)
-    write_whole(path, lambda temporary: save_file(plain, temporary, metadata=fields))
+    fields = dict(metadata)
+
+    def write(temporary: Path) -> None:
+        with looking_at(path, plain) as sums:  # goes on while the tensors are written
+            unknown = {CHECKSUMS: json.dumps(dict.fromkeys(plain, UNKNOWN)), CHECKSUM: UNKNOWN}
+            write_safetensors(temporary, plain, {**metadata, **unknown})
+        fields[CHECKSUMS] = json.dumps(sums)
+        fields[CHECKSUM] = json_checksum(fields)
+        write_metadata(temporary, plain, fields)
+
+    write_whole(path, write)
     return fields[CHECKSUM]
 
 
 def read_tensors(
-    path: str | Path, *, verify: bool = True, required: bool = True, recorded: str | None = None
+    path: str | Path,
+    *,
+    verify: bool = True,
+    required: bool = True,
+    recorded: str | None = None,
+    device: torch.device | str | None = None,
 ) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """The tensors of a file that `write_tensors` wrote, on the CPU, and its metadata.
-
-    The tensors are views of the file: copy what is to stay.
+    """The tensors of a file that `write_tensors` wrote, and its metadata.
 
     Args:
         verify: compare the checksums; False takes what is there.
         required: whether there must be checksums; False takes a file without, as other programs write it.
         recorded: the checksum that another file has of this one, None where none has.
+        device: where to copy the tensors; None: they are views of the file, on the CPU.
 
     Raises:
         FileNotFoundError: nothing at `path`.
         IsADirectoryError: a folder stands at `path`.
         DamagedFile: not a safetensors file, or not as it was written; names file and tensor.
+        ValueError: checksums that fit numbers which are not finite, as we write none.
     """
     path = Path(path)
     if path.is_dir():
@@ -71,32 +91,71 @@ def read_tensors(
         raise DamagedFile(f"{path} is cut short or not a safetensors file ({error})") from None
     except Exception as error:  # sizes that contradict each other; what is raised depends on the version
         raise DamagedFile(f"{path} is not a safetensors file that can be read ({error})") from None
+    sums = None
     if verify and (required or CHECKSUM in metadata):
-        _compare(path, tensors, metadata, recorded)
+        sums = _sums(path, tensors, metadata, recorded)
+    with looking_at(path, tensors if sums is not None else {}) as found:
+        if device is not None:
+            tensors = {name: tensor.to(device, copy=True) for name, tensor in tensors.items()}
+    for name in sums or {}:
+        if found[name] != sums[name]:
+            raise DamagedFile(f"{path}: tensor {name!r} is not as it was written; {TOLD}")
     return tensors, {k: v for k, v in metadata.items() if k not in (CHECKSUMS, CHECKSUM)}
 
 
-def _compare(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str], recorded) -> None:
-    """Raise DamagedFile unless tensors and metadata are those that were written."""
-    told = "take a copy that is whole, or read it with verify=False"
+def _sums(
+    path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str], recorded: str | None
+) -> dict[str, str]:
+    """The checksums that a file has of its tensors; DamagedFile unless its metadata is what was written."""
     fields = {k: v for k, v in metadata.items() if k != CHECKSUM}
     if CHECKSUM not in metadata or CHECKSUMS not in metadata:
-        raise DamagedFile(f"{path} has no checksums; {told}")
+        raise DamagedFile(f"{path} has no checksums; {TOLD}")
     if metadata[CHECKSUM] != json_checksum(fields):
-        raise DamagedFile(f"{path}: its metadata is not as it was written; {told}")
+        raise DamagedFile(f"{path}: its metadata is not as it was written; {TOLD}")
     if recorded is not None and metadata[CHECKSUM] != recorded:
-        raise DamagedFile(f"{path} is the file of another checkpoint or of another save; {told}")
+        raise DamagedFile(f"{path} is the file of another checkpoint or of another save; {TOLD}")
     sums = parse_json(metadata[CHECKSUMS], f"{path}: {CHECKSUMS}")
     if not isinstance(sums, dict):
-        raise DamagedFile(f"{path}: {CHECKSUMS} in its metadata is no list of tensors; {told}")
+        raise DamagedFile(f"{path}: {CHECKSUMS} in its metadata is no list of tensors; {TOLD}")
     for name in sorted(sums.keys() ^ tensors.keys()):
-        one_too_much = name in tensors
-        raise DamagedFile(
-            f"{path}: tensor {name!r} {'was not written' if one_too_much else 'is missing'}; {told}"
-        )
-    for name, tensor in tensors.items():
-        if tensor_checksum(name, tensor) != sums[name]:
-            raise DamagedFile(f"{path}: tensor {name!r} is not as it was written; {told}")
+        told = "was not written" if name in tensors else "is missing"
+        raise DamagedFile(f"{path}: tensor {name!r} {told}; {TOLD}")
+    return sums
+
+
+@contextmanager
+def looking_at(path: str | Path, tensors: Mapping[str, torch.Tensor]) -> Iterator[dict[str, str]]:
+    """Fill a dictionary with the checksums of tensors, in threads, while the context goes on; it is whole at its end.
+
+    Args:
+        tensors: contiguous, on the CPU.
+
+    Raises:
+        ValueError: a number is not finite; names the file and the tensor.
+    """
+    sums: dict[str, str] = {}
+    with ThreadPoolExecutor(THREADS) as pool:
+        looks = {name: pool.submit(_look, name, tensor) for name, tensor in tensors.items()}
+        try:
+            yield sums
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+        for name, look in looks.items():
+            sums[name], finite = look.result()
+            if not finite:
+                pool.shutdown(cancel_futures=True)
+                raise ValueError(f"{path}: tensor {name!r} holds nan or inf")
+
+
+@torch.no_grad()
+def _look(name: str, tensor: torch.Tensor) -> tuple[str, bool]:
+    """A tensor's checksum and whether it is finite, piece by piece, so that it comes from memory once."""
+    digest, extremes = start_of_checksum(name, tensor), []
+    for piece in bytes_of(tensor).split(PIECE) if tensor.numel() else ():
+        digest.update(piece.numpy())
+        extremes += extremes_of(piece.view(tensor.dtype))
+    return digest.hexdigest(), not extremes or bool(torch.isfinite(torch.stack(extremes)).all())
 
 
 def check_finite(path: str | Path, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -109,13 +168,19 @@ def check_finite(path: str | Path, tensors: Mapping[str, torch.Tensor]) -> None:
 @torch.no_grad()
 def is_finite(tensor: torch.Tensor) -> bool:
     """Whether no number of a tensor is nan or inf; ten times as fast as `isfinite`, because it makes no mask."""
+    extremes = extremes_of(tensor)
+    return not extremes or bool(torch.isfinite(torch.stack(extremes)).all())
+
+
+def extremes_of(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """The least and the largest number of a tensor, nan where it has one; [] of whole numbers, and of none."""
     if not (tensor.is_floating_point() or tensor.is_complex()) or tensor.numel() == 0:
-        return True
+        return []
     if tensor.is_complex():
         tensor = torch.view_as_real(tensor)
     if tensor.dtype.itemsize == 1:  # float8 has no order in torch
         tensor = tensor.to(torch.float32)
-    return bool(torch.isfinite(torch.stack(torch.aminmax(tensor))).all())
+    return list(torch.aminmax(tensor))
 
 
 def check_tensors(

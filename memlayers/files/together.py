@@ -131,10 +131,10 @@ def _decide(folder: Path, staging: Path, change: Change) -> None:
     remove = sorted(set(change.remove) - set(names))
     for name in [*names, *remove]:
         _check(folder, name)
-    for name in names:
-        if (mode := mode_of(folder / name)) is not None:
-            os.chmod(change.new / name, mode)
     write_json(staging / JOURNAL, {"files": names, "remove": remove})
+    new = mode_of(staging / JOURNAL)  # as the umask says; what other libraries write has modes of their own
+    for name in names:
+        os.chmod(change.new / name, mode_of(folder / name) or new)
     sync_tree(staging)
     os.rename(staging, folder / DECIDED)
     sync_folder(folder)

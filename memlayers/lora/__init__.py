@@ -6,11 +6,13 @@ from .config import LoRAMemoryConfig
 from .module import LoRAAdapter
 from .pairs import write_pairs
 from .patch import LoRAMemories
+from .repair import BankReport
 from .shard import ShardManifest
 from .store import BankLocked
 
 __all__ = [
     "BankLocked",
+    "BankReport",
     "LoRAAdapter",
     "LoRABank",
     "LoRABankConfig",

@@ -12,33 +12,37 @@ of them changes it.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import dataclasses
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..config import ConfigError
-from ..core.model import max_positions, unwrap
 from . import recipes
 from . import shard as files_of
 from .bank_config import LoRABankConfig
-from .making import make_shard
-from .reader import BankReader, known_shard, lora_memory, shape_of
+from .ids import check_id, ids_of
+from .index import BankIndex, check_name
+from .reader import check_fits, check_lengths, known_shard, lora_memory, shape_of
 from .recipes import Recipe
+from .repair import BankReport, examine, rebuild
 from .router import Encoder
-from .shard import ShardManifest
-from .store import FORMAT, BankIndex, ShardEntry, Store, check_name, folder_of
+from .shard import ShardManifest, manifest_of
+from .store import Store
+from .writer import BankWriter, check_free
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-class LoRABank(BankReader):
+class LoRABank(BankWriter):
     """A folder of LoRA shards of one model, each trained on some documents of one group.
 
-    Documents have ids that are theirs alone in the bank. A change takes the bank for one process; readers never wait
-    and see it before or after the change. A crash leaves it before or after.
+    Documents have ids that are theirs alone in the bank, and ids that look alike are one (`ids.py`). A change takes the
+    bank for one process; readers never wait and see it before or after the change. A crash leaves it before or after.
+    Every file that is read is compared with its SHA-256. What is not the bank's own is never deleted, and no link is
+    followed.
 
     Attributes:
         path: the folder.
@@ -66,7 +70,7 @@ class LoRABank(BankReader):
         """Make an empty bank.
 
         Args:
-            path: of a folder that is not there, or empty.
+            path: of a folder that is not there, or empty; what it holds is never taken over.
             model: with a LoRA memory called `memory`, whose r, lora_alpha and targets all shards take.
             encoder: makes the router's vectors in the model's place; needed again to open the bank.
             clock: the time now in ISO 8601; default: the system's, in UTC.
@@ -80,9 +84,8 @@ class LoRABank(BankReader):
         """
         config = config or LoRABankConfig()
         store, owner = Store(path), lora_memory(model, memory)
-        _check_lengths(model, config)
+        check_lengths(model, config)
         index = BankIndex(
-            format=FORMAT,
             base=files_of.base_hash(model),
             router="model" if encoder is None else "user",
             config=config,
@@ -102,39 +105,31 @@ class LoRABank(BankReader):
         memory: str = "lora",
         encoder: Encoder | None = None,
         clock: Callable[[], str] | None = None,
+        repair: bool = False,
     ) -> LoRABank:
-        """Open a bank that `create` made, and delete what a crash left over in it.
+        """Open a bank that `create` made, and finish a deletion that a crash has interrupted.
+
+        It deletes what `bank.json` says is to go, and nothing else; a warning tells what cannot be deleted.
+
+        Args:
+            repair: where `bank.json` is damaged, missing, or of an earlier version, make it again from the shards that
+                are whole (see `repair.rebuild`).
 
         Raises:
             FileNotFoundError: no bank at `path`.
+            DamagedFile: `bank.json` is not as it was written; or it or `shards` is a link.
             ConfigError: `bank.json` is of another format, or a field is wrong.
             ValueError: the bank belongs to another base, or its LoRA memory or its encoder was another.
             KeyError, TypeError: as in `create`.
         """
         store, owner = Store(path), lora_memory(model, memory)
-        index, base = store.read(), files_of.base_hash(model)
-        if base != index.base:
-            raise ValueError(
-                f"the bank at {path} belongs to another base: config and tensors of this one hash to {base[:12]}…, the "
-                f"bank has {index.base[:12]}…"
-            )
-        for field, value in shape_of(model, owner).items():
-            if getattr(index, field) != value:
-                raise ValueError(
-                    f"the bank at {path} was made for a LoRA memory with {field} {getattr(index, field)}, memory "
-                    f"{memory!r} of this model has {value}"
-                )
-        if index.router != ("model" if encoder is None else "user"):
-            told = (
-                "a user's encoder; pass it as encoder=" if encoder is None else "the model; pass no encoder"
-            )
-            raise ValueError(f"the router's vectors of the bank at {path} were made by {told}")
+        if repair:
+            rebuild(store, model, tokenizer, encoder, shape_of(model, owner))
+        index = store.read()
+        check_fits(store, index, model, memory, encoder)
         bank = cls(store, index, model, tokenizer, memory, encoder, clock)
-        with contextlib.suppress(
-            RuntimeError, OSError
-        ):  # who changes it now cleans it; a disk may be read-only
-            with store.locked():
-                store.clean()
+        if store.is_unfinished(index):
+            bank._finish()
         return bank
 
     def add(
@@ -153,20 +148,23 @@ class LoRABank(BankReader):
             The manifest of the shard.
 
         Raises:
-            ValueError: no documents, an id that is in the bank, a text without at least two tokens, a name that is
-                taken or cannot name a folder; a loss that is not finite. The bank is as it was.
+            ValueError: no documents, an id that is in the bank or has control characters, a text without at least two
+                tokens, a name that is taken or cannot name a folder; a loss that is not finite. The bank is as it was.
             BankLocked: another process changes the bank.
-            OSError: the disk is full. The bank is as it was.
+            DamagedFile: `bank.json` is not as it was written.
+            FileExistsError: something that is not ours is in the way, or would outlive its deletion. Nothing was
+                changed.
+            OSError: the disk is full, say; names what was being written. The bank is as it was.
         """
-        texts = dict(documents)
-        recipes.check_texts(self.tokenizer, texts)
+        texts = recipes.check_texts(self.tokenizer, documents)
         if not isinstance(group, str) or not group:
             raise ValueError(f"group must be a text that is not empty, got {group!r}")
+        group = check_id(group, "the group")
         name = recipes.own_name(group, texts) if name is None else name
         check_name(name)
         with self._changing() as index:
-            recipes.check_new(texts, self._library.manifests(index))
-            _check_free(name, index.shards)
+            recipes.check_new(texts, index)
+            check_free(name, index.shards)
             return self._replace(index, [], [Recipe(name, group, texts, self._clock())], progress)[0]
 
     def update(self, documents: Mapping[str, str], *, progress: bool = False) -> list[ShardManifest]:
@@ -179,13 +177,13 @@ class LoRABank(BankReader):
 
         Raises:
             KeyError: a document that is not in the bank.
+            DamagedFile: the text of another document of such a shard is damaged.
             ValueError, BankLocked, OSError: as in `add`.
         """
-        new = dict(documents)
-        recipes.check_texts(self.tokenizer, new)
+        new = recipes.check_texts(self.tokenizer, documents)
         with self._changing() as index:
             old = self._library.holding(index, new)
-            made = [recipes.updated(m, self._library.texts(index, m.name), new) for m in old]
+            made = [recipes.updated(m, self._library.texts(index, m.name, but=new), new) for m in old]
             return self._replace(index, old, made, progress)
 
     def forget(self, documents: str | Sequence[str], *, progress: bool = False) -> list[ShardManifest]:
@@ -198,18 +196,35 @@ class LoRABank(BankReader):
         next update. A shard that has no other documents goes; one that was given no name is called after those that
         it still has.
 
+        A damaged bank forgets too: no other shard need be whole, nor the document's own where it holds no others. Where
+        texts of other documents of the same shard are damaged, what is left of them may hold what is to be forgotten,
+        so they go with it, and a warning names them.
+
+        When it is interrupted after the change is made, the next `open` or change deletes what is left.
+
         Returns:
             The manifests of the shards that were trained again.
 
         Raises:
             KeyError: a document that is not in the bank.
+            FileExistsError: a link, another name of a file, or a copy in a folder of another shard or of none would
+                keep the text. Nothing was changed; the message says what to delete.
             ValueError, BankLocked, OSError: as in `add`.
         """
-        gone = {documents} if isinstance(documents, str) else set(documents)
+        gone = ids_of(documents)
         with self._changing() as index:
             old = self._library.holding(index, gone)
-            left = [recipes.without(m, self._library.texts(index, m.name), gone) for m in old]
-            return self._replace(index, old, [recipe for recipe in left if recipe is not None], progress)
+            self._check_no_copies(index, old, gone)
+            left, lost = self._without(index, old, gone)
+            made = [self._make(index, recipe, progress) for recipe in left]
+            manifests = self._put(index, old, made, deletes_first=True)
+        if lost:
+            warnings.warn(
+                f"the texts of documents {lost} were damaged, and have gone from the bank at {self.path} too; add them "
+                "again",
+                stacklevel=2,
+            )
+        return manifests
 
     def merge(
         self, shards: Sequence[str], name: str | None = None, *, progress: bool = False
@@ -230,65 +245,44 @@ class LoRABank(BankReader):
         if isinstance(shards, str) or len(chosen) < max(2, len(shards)):
             raise ValueError(f"merge needs two different shards at least, got {shards!r}")
         with self._changing() as index:
-            old = [self._library.manifest(index, known_shard(shard, index)) for shard in chosen]
+            old = [manifest_of(index, known_shard(shard, index)) for shard in chosen]
             groups = sorted({manifest.group for manifest in old})
             if len(groups) > 1:
-                raise ValueError(f"shards of groups {groups} cannot be merged; a shard has one group")
+                raise ValueError("shards of several groups cannot be merged; a shard has one group")
             texts = {d: text for m in old for d, text in self._library.texts(index, m.name).items()}
             name = recipes.own_name(groups[0], texts) if name is None else name
             check_name(name)
-            _check_free(name, set(index.shards) - set(chosen))
+            check_free(name, set(index.shards) - set(chosen))
             return self._replace(index, old, [Recipe(name, groups[0], texts, self._clock())], progress)[0]
 
-    @contextlib.contextmanager
-    def _changing(self) -> Iterator[BankIndex]:
-        """The bank as it is on disk, held by this object alone, and clean."""
-        self._store.read()
-        with self._store.locked():
-            self._store.clean()
-            yield self._store.read()
+    def repair(self, *, dry_run: bool = False, progress: bool = False) -> BankReport:
+        """Tell what is damaged or unknown in the bank's folder, and mend what can be mended without loss.
 
-    def _replace(
-        self, index: BankIndex, old: Sequence[ShardManifest], new: Sequence[Recipe], progress: bool
-    ) -> Sequence[ShardManifest]:
-        """Make the shards `new` and put them in the place of the `old` ones; their manifests."""
-        gone = {manifest.name for manifest in old}
-        shards = {name: entry for name, entry in index.shards.items() if name not in gone}
-        made, folders = [], {}
-        for recipe in new:
-            manifest, files = make_shard(
-                self.model,
-                self.memory,
-                self.tokenizer,
-                recipe,
-                self._router,
-                index.base,
-                self.config,
-                progress=progress,
-            )
-            folder = folder_of(recipe.name, files)
-            shards[recipe.name] = ShardEntry(folder=folder, group=recipe.group)
-            folders[folder] = files
-            made.append(manifest)
-        after = index.model_copy(update={"shards": shards})
-        self._store.commit(after, folders)
-        self._library.drop_old(after)
-        return made
+        A shard whose texts are all whole gets its other files again: the manifest from `bank.json`, the adapter by
+        training, the router's vectors from the texts. Nothing is deleted but what `bank.json` says is to go.
 
+        Args:
+            dry_run: tell only.
+            progress: show progress bars.
 
-def _check_lengths(model, config: LoRABankConfig) -> None:
-    limit = max_positions(unwrap(model))
-    for field in ("segment_length", "router_length"):
-        if limit is not None and getattr(config, field) + 1 > limit:
-            raise ConfigError(
-                f"{field}: {getattr(config, field)} tokens and the one before them are more than the {limit} positions "
-                "of the model"
-            )
-
-
-def _check_free(name: str, taken) -> None:
-    if name in taken:
-        raise ValueError(f"the bank has a shard {name!r} already; choose another name")
+        Raises:
+            DamagedFile, ConfigError: `bank.json` cannot be read; `open` with `repair=True` makes it again.
+            ValueError, BankLocked, OSError: as in `add`.
+        """
+        while dry_run:
+            index = self._store.read()
+            report = examine(self._store, index)
+            if self._store.read() == index:  # else another process has changed it under our hands
+                return report
+        mended = {}
+        with self._changing() as index:
+            failed = self._store.finish()
+            for name, damage in examine(self._store, index).damaged.items():
+                if self._mend(self._store.read(), name, progress):
+                    mended[name] = damage
+            index = self._store.read()
+            leftovers = {f"shards/{folder}": str(error) for folder, error in failed.items()}
+            return dataclasses.replace(examine(self._store, index), mended=mended, leftovers=leftovers)
 
 
 def _now() -> str:

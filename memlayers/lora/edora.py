@@ -7,7 +7,7 @@ lora_A then holds R A, so that its forward, merge and unmerge are PEFT's own.
 
     model = get_peft_model(base, LoraConfig(r=16, use_dora=True, target_modules="all-linear"))
     edora(model)                       # train, then
-    model.save_pretrained(folder)      # A, B, R and m
+    save_edora(model, folder)          # A, B, R and m, as model.save_pretrained does, with checksums
     load_edora(base, folder)           # goes on where it was; or, for any PEFT without us:
     bake(model).save_pretrained(folder)
 """
@@ -22,9 +22,15 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
+from ..files import DamagedFile, file_checksum, read_tensors, reading, together, write_tensors
+from ..files.tensors import check_finite
+
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
+
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
 class Rotated(nn.Module):
@@ -74,26 +80,59 @@ def bake(model: PeftModel, adapter: str = "default") -> PeftModel:
     return model
 
 
-def load_edora(base: PreTrainedModel, folder: str | Path, adapter: str = "default") -> PeftModel:
-    """`base` with the EDoRA adapter that `save_pretrained` wrote, ready to learn on.
+def save_edora(model: PeftModel, folder: str | Path, adapter: str = "default") -> None:
+    """Write an EDoRA adapter into `folder` in one step, in PEFT's format, with checksums.
 
     Raises:
-        FileNotFoundError: no adapter_model.safetensors in `folder`.
-        ValueError: the adapter is another kind or of another base.
+        ValueError: no such adapter; a number that is not finite.
+        OSError: the disk is full, say; what was there before is as it was.
+    """
+    from peft import get_peft_model_state_dict
+
+    list(_dora_layers(model, adapter))
+    tensors = get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
+    with together(folder) as change:
+        model.peft_config[adapter].save_pretrained(str(change.new))
+        recorded = {"format": "pt", CONFIG: file_checksum(change.new / CONFIG)}
+        write_tensors(change.new / WEIGHTS, tensors, recorded)
+
+
+def load_edora(
+    base: PreTrainedModel, folder: str | Path, adapter: str = "default", *, verify: bool = True
+) -> PeftModel:
+    """`base` with the EDoRA adapter that `save_edora`, or PEFT's `save_pretrained`, wrote, ready to learn on.
+
+    Args:
+        verify: compare the checksums, where there are any: PEFT writes none; False takes what is there.
+
+    Raises:
+        FileNotFoundError: no adapter_model.safetensors or adapter_config.json in `folder`.
+        ValueError: a file is damaged; the adapter is another kind or of another base.
     """
     from peft import PeftConfig, get_peft_model, set_peft_model_state_dict
-    from safetensors.torch import load_file
 
-    path = Path(folder) / "adapter_model.safetensors"
-    if not path.is_file():
-        raise FileNotFoundError(f"no adapter at {path}")
-    tensors = load_file(path)
+    path, config_path = Path(folder) / WEIGHTS, Path(folder) / CONFIG
+    for each in (path, config_path):
+        if not each.is_file():
+            raise FileNotFoundError(f"no adapter at {each}")
+    with reading(folder):
+        tensors, metadata = read_tensors(path, verify=verify, required=False)
+        if verify and metadata.get(CONFIG, found := file_checksum(config_path)) != found:
+            raise DamagedFile(
+                f"{config_path} is not as it was written with {path.name}; take a copy that is whole, or read it with verify=False"
+            )
+        config = PeftConfig.from_pretrained(str(folder))
+    check_finite(path, tensors)
+    if whole := [name for name, tensor in tensors.items() if not tensor.is_floating_point()]:
+        raise DamagedFile(f"{path}: tensor {whole[0]!r} has numbers of {tensors[whole[0]].dtype}, not floats")
     if not any(name.endswith(".R") for name in tensors):
         raise ValueError(f"{path} is no EDoRA adapter; load it with peft.PeftModel.from_pretrained")
-    config = PeftConfig.from_pretrained(folder)
     config.inference_mode = False
     model = edora(get_peft_model(base, config, adapter_name=adapter), adapter)
-    found = set_peft_model_state_dict(model, tensors, adapter_name=adapter)
+    try:
+        found = set_peft_model_state_dict(model, tensors, adapter_name=adapter)
+    except RuntimeError as error:  # of other shapes
+        raise ValueError(f"{path} does not fit this base: {str(error).splitlines()[-1].strip()}") from None
     missing = [name for name in found.missing_keys if f".{adapter}." in name and "lora_" in name]
     if missing or found.unexpected_keys:
         raise ValueError(

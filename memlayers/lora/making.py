@@ -8,11 +8,11 @@ import torch
 
 from . import shard as files_of
 from .bank_config import LoRABankConfig
+from .index import ADAPTER, ADAPTER_CONFIG, DOCUMENTS, MANIFEST, ROUTER, Files, sha256
 from .reader import lora_memory, shape_of
 from .recipes import Recipe
 from .router import Router
-from .shard import ShardManifest, sha256
-from .store import Files
+from .shard import ShardManifest
 from .training import train_shard
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ def make_shard(
     base: str,
     config: LoRABankConfig,
     *,
+    kept: Files | None = None,
     progress: bool = False,
 ) -> tuple[ShardManifest, Files]:
     """Train a shard; its manifest and all its files. Nothing is written.
@@ -37,20 +38,22 @@ def make_shard(
         recipe: what the shard is made from.
         router: makes the vectors of its documents.
         base: hash of the model's base (`shard.base_hash`).
+        kept: files of it that need not be made.
 
     Raises:
         ValueError: as in `train_shard`, and as in `Router.document`.
     """
-    owner, texts = lora_memory(model, memory), recipe.texts
+    owner, texts, files = lora_memory(model, memory), recipe.texts, dict(kept or {})
     targets = files_of.targets_of(model, owner)
-    fields = train_shard(model, memory, tokenizer, texts, recipe.name, config, progress=progress)
-    vectors = torch.cat([router.document(texts[document]) for document in sorted(texts)])
-    files = {
-        files_of.ADAPTER: files_of.adapter_bytes(fields, targets),
-        files_of.ADAPTER_CONFIG: files_of.adapter_config_bytes(model, owner, targets),
-        files_of.DOCUMENTS: files_of.documents_bytes(texts),
-        files_of.ROUTER: files_of.router_bytes(vectors),
-    }
+    if ADAPTER not in files:
+        fields = train_shard(model, memory, tokenizer, texts, recipe.name, config, progress=progress)
+        files[ADAPTER] = files_of.adapter_bytes(fields, targets)
+    if ROUTER not in files:
+        vectors = torch.cat([router.document(texts[document]) for document in sorted(texts)])
+        files[ROUTER] = files_of.router_bytes(vectors)
+    if ADAPTER_CONFIG not in files:
+        files[ADAPTER_CONFIG] = files_of.adapter_config_bytes(model, owner, targets)
+    files[DOCUMENTS] = files_of.documents_bytes(texts)
     manifest = ShardManifest(
         name=recipe.name,
         group=recipe.group,
@@ -62,8 +65,8 @@ def make_shard(
         training=config,
         seed=config.seed,
         base=base,
-        adapter=sha256(files[files_of.ADAPTER]),
-        router=sha256(files[files_of.ROUTER]),
+        adapter=sha256(files[ADAPTER]),
+        router=sha256(files[ROUTER]),
         **shape_of(model, owner),
     )
-    return manifest, {**files, files_of.MANIFEST: files_of.manifest_bytes(manifest)}
+    return manifest, {**files, MANIFEST: files_of.manifest_bytes(manifest)}

@@ -6,21 +6,26 @@ of them changes it.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+from ..config import ConfigError
 from ..core.memory import fresh_state
-from ..core.model import device_of, memories, stateful
+from ..core.model import device_of, max_positions, memories, stateful, unwrap
 from ..core.state import MemoryState
-from ..files import make_folder, write_whole
+from ..files import make_folder, together
 from . import shard as files_of
+from .bank_config import LoRABankConfig
+from .ids import one_form
+from .index import BankIndex
 from .library import Library
 from .mixing import mixed
 from .patch import LoRAMemories
 from .router import Encoder, Router, best, scores_of
 from .shard import ShardManifest
-from .store import BankIndex, Store
+from .store import Store
 
 Route = list[tuple[str, float]]
 """The shards of one question, best first, and their weights."""
@@ -45,7 +50,7 @@ class BankReader:
         """The manifests of the shards that `groups` may read, by name; None: of all.
 
         Raises:
-            ValueError: a group that is not in the bank.
+            FileNotFoundError, DamagedFile: the manifest of one of them is missing or damaged; names it.
         """
 
         def manifests(index: BankIndex):
@@ -63,13 +68,15 @@ class BankReader:
 
         Args:
             questions: texts.
-            groups: for each question, the groups that its asker may read; a row without any gets no shard.
+            groups: for each question, the groups that its asker may read; a row without any gets no shard. A group
+                that has no shards, or never had any, adds nothing.
             top_k: shards a question, at most. Several answer worse than the best one where the router finds it (see
-                eval/results/lora_bank.md); they help where a question needs several.
+                docs/results.md); they help where a question needs several.
 
         Raises:
-            ValueError: a group that is not in the bank; not a row of groups for each question; top_k below 1; a
-                question without tokens.
+            ValueError: not a row of groups for each question; top_k below 1; a question without tokens.
+            FileNotFoundError, DamagedFile: a file of a shard that a row may read, and that its answer needs, is missing
+                or damaged; names it.
         """
         check_rows(questions, groups, top_k)
         return self._reading(lambda index: self._routes(index, questions, groups, top_k))
@@ -105,13 +112,22 @@ class BankReader:
         Raises:
             KeyError: a shard that is not in the bank.
             NotADirectoryError: a file stands at `folder`.
-            ValueError: the weights do not match their manifest.
+            FileExistsError: another adapter is in `folder`; it is not replaced.
+            FileNotFoundError, DamagedFile: a file of the shard is missing or damaged; names it.
         """
+        folder = Path(folder)
         files = self._reading(lambda index: self._library.peft_files(index, known_shard(shard, index)))
-        make_folder(Path(folder))
+        make_folder(folder)
         for name, data in files.items():
-            write_whole(Path(folder) / name, lambda path, data=data: path.write_bytes(data))
-        return Path(folder)
+            path = folder / name
+            if os.path.lexists(path) and (
+                path.is_symlink() or not path.is_file() or path.read_bytes() != data
+            ):
+                raise FileExistsError(f"{path} is another adapter's and is not replaced; name another folder")
+        with together(folder) as change:
+            for name, data in files.items():
+                (change.new / name).write_bytes(data)
+        return folder
 
     # inside
     def _reading(self, use: Callable[[BankIndex], Answer]) -> Answer:
@@ -152,14 +168,45 @@ def shape_of(model, owner: LoRAMemories) -> dict[str, Any]:
 
 
 def permitted(index: BankIndex, groups: Sequence[str]) -> Sequence[str]:
-    """The shards that `groups` may read, by name."""
+    """The shards that `groups` may read, by name. A group without shards is no error, so that nobody learns from one
+    which groups there are."""
     if isinstance(groups, str):
         raise TypeError(f"groups are a list of names, got the text {groups!r}")
-    known = {entry.group for entry in index.shards.values()}
     for group in groups:
-        if group not in known:
-            raise ValueError(f"no group {group!r} in this bank")
-    return sorted(name for name, entry in index.shards.items() if entry.group in set(groups))
+        if not isinstance(group, str):
+            raise TypeError(f"groups are a list of names, got {group!r} in it")
+    readable = {one_form(group) for group in groups}
+    return sorted(name for name, entry in index.shards.items() if entry.group in readable)
+
+
+def check_lengths(model, config: LoRABankConfig) -> None:
+    """Raise ConfigError where texts are read in longer pieces than the model has positions."""
+    limit = max_positions(unwrap(model))
+    for field in ("segment_length", "router_length"):
+        if limit is not None and getattr(config, field) + 1 > limit:
+            raise ConfigError(
+                f"{field}: {getattr(config, field)} tokens and the one before them are more than the {limit} positions "
+                "of the model"
+            )
+
+
+def check_fits(store: Store, index: BankIndex, model, memory: str, encoder: Encoder | None) -> None:
+    """Raise ValueError where a bank was made with another base, another LoRA memory, or another encoder."""
+    base = files_of.base_hash(model)
+    if base != index.base:
+        raise ValueError(
+            f"the bank at {store.path} belongs to another base: config and tensors of this one hash to {base[:12]}…, "
+            f"the bank has {index.base[:12]}…"
+        )
+    for field, value in shape_of(model, lora_memory(model, memory)).items():
+        if getattr(index, field) != value:
+            raise ValueError(
+                f"the bank at {store.path} was made for a LoRA memory with {field} {getattr(index, field)}, memory "
+                f"{memory!r} of this model has {value}"
+            )
+    if index.router != ("model" if encoder is None else "user"):
+        told = "a user's encoder; pass it as encoder=" if encoder is None else "the model; pass no encoder"
+        raise ValueError(f"the router's vectors of the bank at {store.path} were made by {told}")
 
 
 def check_rows(questions: Sequence[str], groups: Sequence[Sequence[str]], top_k: int) -> None:

@@ -8,32 +8,39 @@ router.safetensors           the vectors by which questions find it
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pydantic
 import torch
-from pydantic import Field
 from safetensors import SafetensorError
 from safetensors.torch import load as tensors_from_bytes
 from safetensors.torch import save as bytes_from_tensors
 
-from ..config import ConfigError, Strict, explain
 from ..core.model import ROOT, decoder_of, unwrap
 from ..core.state import Fields
+from ..files import DamagedFile
 from .bank_config import LoRABankConfig
-from .store import to_json
+from .folders import plain_bytes, read_file
+from .index import (
+    ADAPTER,
+    DOCUMENTS,
+    ROUTER,
+    BankIndex,
+    Files,
+    ShardEntry,
+    ShardFacts,
+    folder_of,
+    sha256,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from .patch import LoRAMemories
 
-MANIFEST, ADAPTER, ADAPTER_CONFIG = "manifest.json", "adapter_model.safetensors", "adapter_config.json"
-DOCUMENTS, ROUTER = "documents.jsonl", "router.safetensors"
 PEFT_PREFIX = "base_model.model."
 """What PEFT puts before the names of modules."""
 OF_A_RUN = {
@@ -52,16 +59,11 @@ OF_A_RUN = {
 """Fields of a model's config that say how it was loaded or is called, not what it computes."""
 
 
-class ShardManifest(Strict):
-    """What a shard is, as in its `manifest.json`.
+class ShardManifest(ShardFacts):
+    """What a shard is, as in its `manifest.json`; `ShardFacts` has the fields that differ with each shard.
 
     Attributes:
-        name, group: of the shard; who may read the group may read the shard.
-        documents: id to the sha256 of its text.
-        created: when the shard was added or merged, ISO 8601.
-        version: 1, and one more with each update.
-        updated: id of each document that has been updated to the versions in which that happened.
-        parent: sha256 of the adapter before the last update. None for a new shard, and after a document was forgotten.
+        name: of the shard.
         training: the config it was trained with; its `seed` again as `seed`.
         base: hash of the base it was trained on (`base_hash`).
         adapter, router: sha256 of adapter_model.safetensors and router.safetensors.
@@ -69,12 +71,6 @@ class ShardManifest(Strict):
     """
 
     name: str
-    group: str
-    documents: dict[str, str] = Field(min_length=1)
-    created: str
-    version: int = Field(1, ge=1)
-    updated: dict[str, list[int]] = Field(default_factory=dict)
-    parent: str | None = None
     training: LoRABankConfig
     seed: int
     base: str
@@ -85,9 +81,35 @@ class ShardManifest(Strict):
     targets: list[str]
 
 
-def sha256(data: str | bytes) -> str:
-    """Hex digest of bytes, or of a text in UTF-8."""
-    return hashlib.sha256(data.encode() if isinstance(data, str) else data).hexdigest()
+def manifest_of(index: BankIndex, name: str) -> ShardManifest:
+    """The manifest of a shard, from what `bank.json` has of it."""
+    entry = index.shards[name]
+    return ShardManifest(
+        name=name,
+        training=index.config,
+        seed=index.config.seed,
+        base=index.base,
+        adapter=entry.files[ADAPTER],
+        router=entry.files[ROUTER],
+        r=index.r,
+        lora_alpha=index.lora_alpha,
+        targets=index.targets,
+        **facts_of(entry),
+    )
+
+
+def entry_of(manifest: ShardManifest, files: Files) -> ShardEntry:
+    """What `bank.json` has of a shard."""
+    return ShardEntry(
+        folder=folder_of(manifest.name, files),
+        files={file: sha256(files[file]) for file in sorted(files)},
+        **facts_of(manifest),
+    )
+
+
+def facts_of(shard: ShardFacts) -> dict[str, Any]:
+    """The fields that `bank.json` and the manifest share."""
+    return {field: getattr(shard, field) for field in ShardFacts.model_fields}
 
 
 def base_hash(model: PreTrainedModel) -> str:
@@ -152,37 +174,19 @@ def router_bytes(vectors: torch.Tensor) -> bytes:
 
 def manifest_bytes(manifest: ShardManifest) -> bytes:
     """`manifest.json`."""
-    return to_json(manifest.model_dump()).encode()
+    fields = {"name": manifest.name, **manifest.model_dump()}
+    return (json.dumps(fields, indent=2, ensure_ascii=False) + "\n").encode()
 
 
-def read_manifest(folder: Path, name: str, group: str, base: str) -> ShardManifest:
-    """The manifest of the shard that the bank has at `folder`, under `name` and for `group`.
-
-    Raises:
-        FileNotFoundError: it is not there.
-        ConfigError: a field is wrong; names file and field.
-        ValueError: it belongs to another shard, or to another base.
-    """
-    path = folder / MANIFEST
+def parse_manifest(data: bytes) -> ShardManifest | None:
+    """The manifest that a file holds; None where it holds none."""
     try:
-        manifest = ShardManifest.model_validate_json(_bytes(path))
-    except pydantic.ValidationError as error:
-        raise ConfigError(explain(error, ShardManifest, where=str(path))) from None
-    for field, expected in (("name", name), ("group", group)):
-        if getattr(manifest, field) != expected:
-            raise ValueError(
-                f"{path}: {field}: {getattr(manifest, field)!r} is not {expected!r}, as the bank has it; the folder "
-                "was changed by hand or comes from another bank"
-            )
-    if manifest.base != base:
-        raise ValueError(
-            f"{path}: base: the adapter was trained on another base ({manifest.base[:12]}…) than the bank's "
-            f"({base[:12]}…)"
-        )
-    return manifest
+        return ShardManifest.model_validate_json(data)
+    except pydantic.ValidationError:
+        return None
 
 
-def read_adapter(folder: Path, manifest: ShardManifest, targets: Mapping[str, str], like: Fields) -> Fields:
+def read_adapter(folder: Path, entry: ShardEntry, targets: Mapping[str, str], like: Fields) -> Fields:
     """The adapter of a shard as fields of a state without rows.
 
     Args:
@@ -191,72 +195,54 @@ def read_adapter(folder: Path, manifest: ShardManifest, targets: Mapping[str, st
 
     Raises:
         FileNotFoundError: the weights are not there.
-        ValueError: they are not those of the manifest, or of another shape or rank.
+        DamagedFile: they are not as they were written.
+        ValueError: they are of another shape or rank than the memory.
     """
     path = folder / ADAPTER
-    tensors = _tensors(path, manifest.adapter, "adapter")
+    tensors = _tensors(folder, entry, ADAPTER)
     names = {
         f"{PEFT_PREFIX}{target}.lora_{x}.weight": f"{layer}.lora_{x}"
         for layer, target in targets.items()
         for x in "AB"
     }
     for name in sorted(names.keys() ^ tensors.keys()):
-        told = "is missing" if name in names else f"is of no target in {MANIFEST}"
-        raise ValueError(f"{path}: tensor {name!r} {told}; the adapter does not match its manifest")
+        told = "is missing" if name in names else "is of no target of the bank"
+        raise ValueError(f"{path}: tensor {name!r} {told}; the adapter does not match the bank")
     for name, field in names.items():
         if tensors[name].shape != like[field].shape[1:]:
             raise ValueError(
-                f"{path}: tensor {name!r} has shape {tuple(tensors[name].shape)}, rank {manifest.r} in this base asks "
-                f"for {tuple(like[field].shape[1:])}; the adapter does not match its manifest"
+                f"{path}: tensor {name!r} has shape {tuple(tensors[name].shape)}, the bank's memory asks for "
+                f"{tuple(like[field].shape[1:])}; the adapter does not match the bank"
             )
     return {field: tensors[name] for name, field in names.items()}
 
 
-def read_vectors(folder: Path, manifest: ShardManifest) -> torch.Tensor:
-    """The router's vectors (n, d) of a shard, float32.
-
-    Raises:
-        FileNotFoundError: they are not there.
-        ValueError: they are not those of the manifest.
-    """
-    return _tensors(folder / ROUTER, manifest.router, "router")["vectors"]
+def read_vectors(folder: Path, entry: ShardEntry) -> torch.Tensor:
+    """The router's vectors (n, d) of a shard, float32; raises FileNotFoundError or DamagedFile."""
+    return _tensors(folder, entry, ROUTER)["vectors"]
 
 
-def read_documents(folder: Path, manifest: ShardManifest) -> dict[str, str]:
-    """The texts of a shard by id.
-
-    Raises:
-        FileNotFoundError: they are not there.
-        ValueError: they are not those of the manifest.
-    """
-    path = folder / DOCUMENTS
+def whole_documents(folder: Path, entry: ShardEntry) -> dict[str, str]:
+    """The texts of a shard by id, those only that are as they were written."""
     try:
-        lines = [json.loads(line) for line in _bytes(path).decode().split("\n") if line]
-        texts = {line["id"]: line["text"] for line in lines}
-    except (ValueError, KeyError, TypeError):
-        raise ValueError(f"{path} is cut short or not a file of documents") from None
-    found = {document: sha256(text) for document, text in texts.items()}
-    if found != manifest.documents:
-        odd = sorted(set(found.items()) ^ set(manifest.documents.items()))[0][0]
-        raise ValueError(f"{path}: document {odd!r} is not as {MANIFEST} has it (its sha256 differs)")
-    return texts
+        data = plain_bytes(folder, DOCUMENTS)
+    except (OSError, DamagedFile):
+        return {}
+    found = {}
+    for line in data.split(b"\n"):
+        try:
+            fields = json.loads(line)
+            document, text = fields["id"], fields["text"]
+            if sha256(text) == entry.documents[document]:
+                found[document] = text
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            continue
+    return found
 
 
-def _tensors(path: Path, expected: str, field: str) -> Fields:
-    data = _bytes(path)
-    if sha256(data) != expected:
-        raise ValueError(
-            f"{path}: its sha256 is {sha256(data)[:12]}…, {MANIFEST} says {field} {expected[:12]}…; the weights are cut "
-            "short or do not belong to this manifest"
-        )
+def _tensors(folder: Path, entry: ShardEntry, name: str) -> Fields:
+    data = read_file(folder, name, entry.files[name])
     try:
         return tensors_from_bytes(data)
     except SafetensorError as error:
-        raise ValueError(f"{path} is not a safetensors file ({error})") from None
-
-
-def _bytes(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except (FileNotFoundError, NotADirectoryError):
-        raise FileNotFoundError(f"{path} is missing; the shard is not whole") from None
+        raise DamagedFile(f"{folder / name} is not a safetensors file ({error})") from None

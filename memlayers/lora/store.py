@@ -1,77 +1,40 @@
-"""The folder of a bank: `bank.json` names the shards' folders, which never change once they are there.
+"""The folder of a bank, and changes of it that are whole or not at all.
 
 bank/
-  bank.json             format, base, config, and the folder and group of each shard; replaced in one step
+  bank.json             the index (`index.py`); replaced in one step
   .lock                 held by the process that writes, empty otherwise
-  shards/<name>-<hash>  the files of a shard
+  shards/<name>-<hash>  the files of a shard, which never change
 
-A change writes new folders under temporary names, renames them, replaces `bank.json`, and then deletes the folders that
-it no longer names. Whatever a crash leaves over is not in `bank.json`, and the next `open` or change deletes it.
+`bank.json` says at every moment which folders are to go, so that nothing else is ever deleted. A change
+
+1. names in `leftovers` the folders that it is about to make, and makes them,
+2. replaces `bank.json` by the new one, whose `leftovers` are the old folders: from here on the change is made,
+3. deletes those, and names them no more.
+
+Whatever a crash leaves is named in `bank.json`, and the next `open` or change deletes it. What the bank does not know it
+leaves as it is, and it follows no link.
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
+import errno
 import os
-import re
-import shutil
-import socket
+import stat
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Literal
 
-import filelock
-import pydantic
-from pydantic import Field
+from ..files import FolderInUse, holding_file, make_folder, sync_folder, write_whole
+from ..files.whole import mode_of, remove_leftovers
+from .folders import check_deletable, check_folder, plain_bytes, remove_folder, write_folder
+from .index import INDEX, BankIndex, Files, ShardEntry, index_bytes, read_index, write_index
 
-from ..config import ConfigError, Strict, explain
-from ..files import write_text
-from .bank_config import LoRABankConfig
-
-INDEX, LOCK, SHARDS, FORMAT = "bank.json", ".lock", "shards", "memlayers.bank.v1"
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
-Files = dict[str, bytes]
-"""The files of a shard by name."""
+LOCK, SHARDS = ".lock", "shards"
+FULL = {errno.ENOSPC, errno.EDQUOT}
 
 
-class BankLocked(RuntimeError):
+class BankLocked(FolderInUse):
     """Another process, or another object of this one, is changing the bank. The message says which and where."""
-
-
-class ShardEntry(Strict):
-    """Where a shard lies and who may read it: all that is looked at before access is granted.
-
-    Attributes:
-        folder: its folder under `shards/`.
-        group: whoever may read this group may read the shard.
-    """
-
-    folder: str = Field(pattern=rf"^{NAME.pattern}-[0-9a-f]{{16}}$")
-    group: str
-
-
-class BankIndex(Strict):
-    """What `bank.json` holds.
-
-    Attributes:
-        format: of the bank's files.
-        base: hash of the base that all shards were trained on (`shard.base_hash`).
-        r, lora_alpha, targets: of the LoRA memory that all shards fit; targets are names of modules in the model.
-        router: who makes the router's vectors: the `model` itself or a `user`'s encoder.
-        config: of the bank.
-        shards: by name.
-    """
-
-    format: Literal["memlayers.bank.v1"]
-    base: str
-    r: int
-    lora_alpha: float
-    targets: list[str]
-    router: Literal["model", "user"]
-    config: LoRABankConfig
-    shards: dict[str, ShardEntry]
 
 
 class Store:
@@ -83,10 +46,16 @@ class Store:
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
+        self._last: tuple[bytes, BankIndex] | None = None
+
+    @property
+    def shards(self) -> Path:
+        """Where the folders of the shards lie."""
+        return self.path / SHARDS
 
     def folder(self, entry: ShardEntry) -> Path:
         """Where the files of a shard lie."""
-        return self.path / SHARDS / entry.folder
+        return self.shards / entry.folder
 
     def create(self, index: BankIndex) -> None:
         """Make the folder of a bank.
@@ -94,46 +63,44 @@ class Store:
         Raises:
             FileExistsError: a bank or something else is there.
             NotADirectoryError: a file stands at `path` or above it.
+            OSError: the disk is full, say; nothing is left over.
         """
-        for part in (self.path, *self.path.parents):
-            if part.exists() and not part.is_dir():
-                raise NotADirectoryError(f"cannot make a bank at {self.path}: {part} is a file, not a folder")
-        if (self.path / INDEX).exists():
+        if os.path.lexists(self.path / INDEX):
             raise FileExistsError(f"{self.path} is a bank already; LoRABank.open opens it")
-        foreign = [p.name for p in self._entries() if p.name not in (LOCK, SHARDS) and not _temporary(p.name)]
-        if foreign:
+        there = self.path.is_dir()
+        make_folder(self.path)
+        found = sorted(os.listdir(self.path))
+        if found:
             raise FileExistsError(
-                f"{self.path} is not empty ({foreign[0]} is there); name a new folder for the bank"
+                f"{self.path} is not empty ({found[0]} is there); name a new folder for the bank"
             )
-        (self.path / SHARDS).mkdir(parents=True, exist_ok=True)
-        with self.locked():
-            if (self.path / INDEX).exists():
-                raise FileExistsError(f"{self.path} is a bank already; LoRABank.open opens it")
-            self._put_index(index)
+        try:
+            os.mkdir(self.shards)  # of two processes only one makes it
+            with self.locked():
+                write_index(self.path / INDEX, index)
+        except FileExistsError:
+            raise
+        except BaseException:
+            with contextlib.suppress(OSError):
+                (self.path / INDEX).unlink(missing_ok=True)
+                (self.path / LOCK).unlink(missing_ok=True)
+                self.shards.rmdir()
+                if not there:
+                    self.path.rmdir()
+            raise
 
     def read(self) -> BankIndex:
-        """The bank as it is on disk now.
-
-        Raises:
-            FileNotFoundError: no bank there.
-            ConfigError: `bank.json` is of another format, or a field is wrong.
-        """
-        path = self.path / INDEX
-        try:
-            data = json.loads(path.read_text(encoding="utf-8"))
-        except (FileNotFoundError, NotADirectoryError):
-            raise FileNotFoundError(
-                f"no bank at {self.path}: {INDEX} is missing; LoRABank.create makes one"
-            ) from None
-        except ValueError as error:
-            raise ConfigError(f"{path}: not readable as JSON ({error})") from None
-        if not isinstance(data, dict) or data.get("format") != FORMAT:
-            found = data.get("format") if isinstance(data, dict) else data
-            raise ConfigError(f"{path}: format: {found!r} is not {FORMAT!r}, the one this version reads")
-        try:
-            return BankIndex.model_validate(data)
-        except pydantic.ValidationError as error:
-            raise ConfigError(explain(error, BankIndex, where=str(path))) from None
+        """The bank as it is on disk now; raises as `index.read_index`, and DamagedFile where `shards` is a link."""
+        found = index_bytes(self.path / INDEX)
+        if self._last is not None and self._last[0] == found:  # the same bytes are not looked at twice
+            index = self._last[1]
+        else:
+            index = read_index(self.path / INDEX)
+            is_same = index_bytes(self.path / INDEX) == found  # else replaced meanwhile
+            self._last = (found, index) if is_same else None
+        if os.path.lexists(self.shards):
+            check_folder(self.shards)
+        return index
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
@@ -141,122 +108,147 @@ class Store:
 
         Raises:
             BankLocked: somebody holds it.
+            FileExistsError: a link or no file stands in the place of the lock; it is not touched.
         """
-        lock = filelock.FileLock(self.path / LOCK, timeout=0)
-        try:
-            lock.acquire()
-        except filelock.Timeout:
-            raise BankLocked(
-                f"the bank at {self.path} is being changed by {self._holder()}; try again when that is done"
-            ) from None
-        try:
-            with contextlib.suppress(OSError):  # a courtesy to others; a full disk must not stop a deletion
-                (self.path / LOCK).write_text(f"process {os.getpid()} on {socket.gethostname()}")
+        with contextlib.ExitStack() as held:
+            try:
+                held.enter_context(holding_file(self.path / LOCK))
+            except FolderInUse as error:
+                raise BankLocked(f"the bank at {self.path} is being changed: {error}") from None
             yield
-        finally:
-            with contextlib.suppress(OSError):
-                os.truncate(self.path / LOCK, 0)
-            lock.release()
 
-    def _holder(self) -> str:
-        try:
-            return (self.path / LOCK).read_text() or "another process"
-        except OSError:
-            return "another process"
-
-    def commit(self, index: BankIndex, new: Mapping[str, Files]) -> None:
+    def commit(self, index: BankIndex, new: Mapping[str, Files], *, deletes_first: bool = False) -> None:
         """Make `index` the bank, with the folders `new`; all of it or, when anything fails, nothing.
 
-        Call it `locked`. What the index no longer names is deleted at the end.
+        Call it `locked`, after `finish`. The folders that the index no longer names are deleted.
+
+        Args:
+            deletes_first: where a full disk takes no new `bank.json`, and there are no new folders, delete the old
+                ones to make room for it.
 
         Raises:
-            OSError: a full disk, say; a note tells whether the bank has changed.
+            FileExistsError: an old folder cannot be deleted wholly, or something else stands in the place of a new
+                one. Nothing was changed.
+            OSError: the disk is full, say; a note tells whether the bank has changed.
         """
         before = self.read()
+        old = sorted(before.folders - index.folders)
+        self._check_deletable(old)
+        new = {folder: files for folder, files in new.items() if not self._is_there(folder, files)}
         try:
-            for folder, files in new.items():
-                self._put_folder(folder, files)
-            self._put_index(index)
-            self.clean()
-        except Exception as error:
-            now = self.read()
+            self._write_new(before, new)
+            after = index.with_(leftovers=sorted({*before.leftovers, *old}))
+            self._put_index(after, old if deletes_first and not new else [])
+            failed = self.finish()
+        except BaseException as error:
             with contextlib.suppress(OSError):
-                self.clean()
-            if now == before:
-                error.add_note(f"the bank at {self.path} is as it was")
-            else:
-                error.add_note(f"the bank at {self.path} has changed; open it again to delete old files")
+                self.finish()
+            self._tell(error, before)
             raise
+        for folder in old:
+            if folder in failed:
+                self._tell(failed[folder], before)
+                raise failed[folder]
 
-    def clean(self) -> None:
-        """Delete what `bank.json` does not name. Call it `locked`."""
-        named = {entry.folder for entry in self.read().shards.values()}
-        shards = self.path / SHARDS
-        for path in sorted(shards.iterdir()) if shards.is_dir() else []:
-            if path.name in named:
-                continue
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path)
-            else:
-                path.unlink()
-        for path in self._entries():
-            if _temporary(path.name):
-                path.unlink()
+    def mend(self, entry: ShardEntry, files: Files) -> None:
+        """Write the files of a shard again that are not as they were written, each whole. Call it `locked`.
 
-    def _entries(self) -> list[Path]:
-        return sorted(self.path.iterdir()) if self.path.is_dir() else []
-
-    def _put_folder(self, folder: str, files: Files) -> None:
-        final = self.path / SHARDS / folder
-        if final.is_dir():  # the same bytes, by their hash in its name
-            return
-        temporary = final.with_name(f".{folder}.tmp")
-        temporary.mkdir(parents=True)
+        Args:
+            files: all of them, as they were written.
+        """
+        folder = self.folder(entry)
         for name, data in files.items():
-            with open(temporary / name, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-        _sync(temporary)
-        os.rename(temporary, final)
-        _sync(final.parent)
+            path = folder / name
+            if not path.is_file() or path.read_bytes() != data:
+                write_whole(path, lambda temporary, data=data: temporary.write_bytes(data))
 
-    def _put_index(self, index: BankIndex) -> None:
-        shards = {name: index.shards[name].model_dump() for name in sorted(index.shards)}
-        write_text(self.path / INDEX, to_json({**index.model_dump(), "shards": shards}))
-        _sync(self.path)
+    def finish(self) -> dict[str, OSError]:
+        """Delete what `bank.json` says is to go, and say so no more. Call it `locked`.
 
+        Returns:
+            The folders that could not be deleted, and why; `bank.json` goes on naming them.
+        """
+        index, failed = self.read(), {}
+        remove_leftovers(self.path / INDEX)
+        if not index.leftovers:
+            return failed
+        for folder in sorted(set(index.leftovers) - index.folders):
+            try:
+                remove_folder(self.shards / folder)
+            except OSError as error:
+                failed[folder] = error
+        if self.shards.is_dir():
+            sync_folder(self.shards)
+        if sorted(failed) != sorted(index.leftovers):
+            write_index(self.path / INDEX, index.with_(leftovers=sorted(failed)))
+        return failed
 
-def folder_of(name: str, files: Files) -> str:
-    """The name of the folder of a shard: that of the shard and a hash of all its files."""
-    parts = [(file, hashlib.sha256(data).hexdigest()) for file, data in sorted(files.items())]
-    return f"{name}-{hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]}"
+    def is_unfinished(self, index: BankIndex) -> bool:
+        """Whether `finish` has something to do."""
+        temporary = f".{INDEX}.memlayers-"
+        names = os.listdir(self.path)
+        return bool(index.leftovers) or any(n.startswith(temporary) for n in names) or self._is_lock_left()
 
+    def _is_lock_left(self) -> bool:
+        """Whether somebody holds the bank, or died while holding it."""
+        try:
+            found = os.lstat(self.path / LOCK)
+        except OSError:
+            return False
+        return stat.S_ISREG(found.st_mode) and found.st_nlink == 1 and found.st_size > 0
 
-def check_name(name: str) -> None:
-    """Raise ValueError unless `name` can be that of a shard, part of the name of a folder."""
-    if not isinstance(name, str) or not NAME.fullmatch(name) or ".." in name or name.endswith("."):
-        raise ValueError(
-            f"{name!r} cannot name a shard: use up to 64 letters, digits, '_', '-' and single '.', the first a letter "
-            "or digit"
+    def _check_deletable(self, folders: list[str]) -> None:
+        if not folders:
+            return
+        if os.lstat(self.path / INDEX).st_nlink > 1:
+            raise FileExistsError(
+                f"{self.path / INDEX} has another name elsewhere, and what it says of the documents would stay there: "
+                "delete that one, and try again. Nothing was changed"
+            )
+        for folder in folders:
+            check_deletable(self.shards / folder)
+
+    def _is_there(self, folder: str, files: Files) -> bool:
+        """Whether a folder that is to be made is there already, whole; one that a crash left of a bank that was put
+        back, say."""
+        path = self.shards / folder
+        if not os.path.lexists(path):
+            return False
+        check_folder(path)
+        if set(os.listdir(path)) == set(files) and all(plain_bytes(path, n) == d for n, d in files.items()):
+            return True
+        raise FileExistsError(
+            f"{path} stands where a new shard is to be, and is not that one: move it away, and try again. Nothing was "
+            "changed"
         )
 
+    def _write_new(self, before: BankIndex, new: Mapping[str, Files]) -> None:
+        if not new:
+            return
+        write_index(self.path / INDEX, before.with_(leftovers=sorted({*before.leftovers, *new})))
+        make_folder(self.shards)
+        mode = mode_of(self.path / INDEX) or stat.S_IRUSR | stat.S_IWUSR
+        for folder, files in new.items():
+            write_folder(self.shards / folder, files, mode)
 
-def to_json(data: dict) -> str:
-    """One text for the same data."""
-    return json.dumps(data, indent=2, ensure_ascii=False) + "\n"
+    def _put_index(self, index: BankIndex, deleted_first: list[str]) -> None:
+        try:
+            write_index(self.path / INDEX, index)
+        except OSError as error:
+            if error.errno not in FULL or not deleted_first:
+                raise
+            for folder in deleted_first:
+                remove_folder(self.shards / folder)
+            try:
+                write_index(self.path / INDEX, index)
+            except OSError as again:
+                again.add_note(f"the files are deleted, and {self.path / INDEX} still names them; try again")
+                raise
 
-
-def _temporary(name: str) -> bool:
-    return name.startswith(f".{INDEX}.") and name.endswith(".tmp")
-
-
-def _sync(folder: Path) -> None:
-    """Have the names in `folder` on disk, where the system can do that."""
-    if os.name != "posix":
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    def _tell(self, error: BaseException, before: BankIndex) -> None:
+        """Note at an error what stands after it."""
+        with contextlib.suppress(OSError, ValueError):
+            if self.read().shards != before.shards:
+                error.add_note(f"the bank at {self.path} has changed; open it again to delete old files")
+            elif not getattr(error, "__notes__", []):
+                error.add_note(f"the bank at {self.path} is as it was")

@@ -62,7 +62,7 @@ class NeuralMemoryConfig(MemoryConfig):
     expansion: Part = 4
     heads: Part = 4
     head_dim: Width | None = None
-    chunk_size: Width = 64
+    chunk_size: Part = 64
     conv_kernel: Part = 4
     momentum: bool = True
     decay: bool = True
@@ -73,7 +73,7 @@ class NeuralMemoryConfig(MemoryConfig):
     alpha_bias: Bias | None = None
     initial_memory: Literal["learned", "zero"] = "learned"
     mimetic: bool = False
-    n_persistent_tokens: int = Field(0, ge=0, le=4096)
+    n_persistent_tokens: int = Field(0, ge=0, le=512)
     gate: bool = True
     segment_length: Tokens | None = None
     sliding_window: Tokens | None = None

@@ -10,6 +10,9 @@ from pydantic import Field, model_validator
 from ..config import ConfigError, MemoryConfig
 from ..limits import MOST_TOKENS, Part, Tokens
 
+MOST_PLACES = 4096
+"""Of a level: each coupling keeps a number for every two of them, and compares them all."""
+
 
 class ReversibleMemoryConfig(MemoryConfig):
     """Memory tokens that an invertible network makes of the text itself, and that later segments read.
@@ -41,6 +44,12 @@ class ReversibleMemoryConfig(MemoryConfig):
     def _fits_together(self):
         if self.backwards == "separate" and self.depth % 2:
             raise ConfigError(f"depth: {self.depth} couplings have no halves; backwards 'separate' needs two")
+        for i, ratio in enumerate(self.ratios):
+            if self.n_tokens * (ratio + 1) > MOST_PLACES:
+                raise ConfigError(
+                    f"ratios.{i}: {self.n_tokens} tokens for {ratio} times as many are {self.n_tokens * (ratio + 1):,} places "
+                    f"that attend to each other, at most {MOST_PLACES:,} are taken; add a level in its place"
+                )
         if self.segment_length > MOST_TOKENS:
             raise ConfigError(
                 f"ratios: with {self.n_tokens} tokens they make a segment of {self.segment_length:,} text tokens, at most "

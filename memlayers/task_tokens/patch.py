@@ -182,11 +182,12 @@ class TaskTokens(Memory):
         rows = {side: rows[place] for side, rows in self.rows.sides().items()}
         Procedure(name, rows, sample(embedding), self.first_id).save(path)
 
-    def add_exported(self, path: str | Path, name: str | None = None) -> int:
+    def add_exported(self, path: str | Path, name: str | None = None, *, verify: bool = True) -> int:
         """Add a procedure that `export` wrote, here or in another model on the same base.
 
         Args:
             name: what to call it; by default as in the file.
+            verify: compare the file's checksums; False takes what is there.
 
         Returns:
             Its token id.
@@ -195,8 +196,12 @@ class TaskTokens(Memory):
             FileNotFoundError: nothing at `path`.
             ValueError: no such file, one for another base, or the name is taken.
         """
-        procedure, embedding = Procedure.load(path), self.base["input"].module.weight
+        procedure, embedding = Procedure.load(path, verify=verify), self.base["input"].module.weight
         procedure.check_base(embedding, self.tied, path)
+        for side, row in procedure.rows.items():
+            width = self.base[side].module.weight.shape[1]
+            if len(row) != width:
+                raise ValueError(f"{path}: tensor {side!r} has {len(row)} numbers, this base takes {width}")
         rows = {side: nn.Parameter(row.float().to(embedding.device)) for side, row in procedure.rows.items()}
         return self._put(procedure.name if name is None else name, rows)
 

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 
-from ..files import write_tensors
+from ..files import DamagedFile, read_tensors, write_tensors
+from ..files.tensors import check_finite
 
-FORMAT = "memlayers.task_token.v1"
+FORMAT, WITHOUT_CHECKSUMS = "memlayers.task_token.v2", "memlayers.task_token.v1"
 SAMPLE = 16
 """Rows of the base that are kept beside a procedure, to know the base again by."""
 
@@ -37,40 +37,43 @@ class Procedure:
         return "output" not in self.rows
 
     def save(self, path: str | Path) -> None:
-        """Write one safetensors file, whole or not at all."""
+        """Write one safetensors file with checksums, whole or not at all; raises as `MemoryState.save`."""
         metadata = {"format": FORMAT, "name": self.name, "vocab_size": str(self.vocab_size)}
         metadata |= {"tied": str(self.tied).lower(), "hidden_size": str(self.base.shape[1])}
         write_tensors(path, {**self.rows, "base": self.base}, metadata)
 
     @classmethod
-    def load(cls, path: str | Path) -> Procedure:
+    def load(cls, path: str | Path, *, verify: bool = True) -> Procedure:
         """Read what `save` wrote.
+
+        Args:
+            verify: compare the checksums; False takes what is there, from before there were any too.
 
         Raises:
             FileNotFoundError: nothing at `path`.
-            ValueError: a cut file, or a safetensors file that holds no procedure.
+            ValueError: a cut or damaged file, or a safetensors file that holds no procedure.
         """
         path = Path(path)
-        if not path.is_file():
+        if not path.exists():
             raise FileNotFoundError(f"no procedure at {path}")
-        try:
-            with safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
-                if metadata.get("format") != FORMAT:
-                    raise ValueError(
-                        f"{path} is a safetensors file but not a procedure (no format {FORMAT!r})"
-                    )
-                tensors = {name: file.get_tensor(name).clone() for name in sorted(file.keys())}
-        except SafetensorError as error:
-            raise ValueError(
-                f"{path} is cut short or not a safetensors file ({error}); export the procedure again"
-            ) from None
+        tensors, metadata = read_tensors(path, verify=verify, device="cpu")
+        if metadata.get("format") not in (FORMAT, WITHOUT_CHECKSUMS):
+            raise DamagedFile(f"{path} is a safetensors file but not a procedure (no format {FORMAT!r})")
         if not {"base", "input"} <= tensors.keys() <= {"base", "input", "output"}:
-            raise ValueError(
+            raise DamagedFile(
                 f"{path} has tensors {sorted(tensors)}; a procedure has base, input and maybe output"
             )
-        base = tensors.pop("base")
-        return cls(metadata["name"], tensors, base, int(metadata["vocab_size"]))
+        check_finite(path, tensors)
+        for name, tensor in tensors.items():
+            if tensor.dim() != (2 if name == "base" else 1) or not tensor.is_floating_point():
+                raise DamagedFile(
+                    f"{path}: tensor {name!r} has shape {tuple(tensor.shape)} of {tensor.dtype}; a procedure has rows of "
+                    "floats, and base (rows, width)"
+                )
+        base, vocab_size = tensors.pop("base"), metadata.get("vocab_size", "")
+        if "name" not in metadata or not (vocab_size.isascii() and vocab_size.isdigit()):
+            raise DamagedFile(f"{path}: its metadata has no name, or vocab_size is {vocab_size[:40]!r}")
+        return cls(metadata["name"], tensors, base, int(vocab_size))
 
     def check_base(self, embedding: torch.Tensor, tied: bool, path: str | Path) -> None:
         """Raise ValueError unless this was made for a base with this input embedding (vocab_size, width)."""
@@ -83,6 +86,8 @@ class Procedure:
             words = {True: "one row (tied)", False: "two rows (untied)"}
             raise ValueError(f"{path}: has {words[self.tied]}, procedures of this memory have {words[tied]}")
         here = sample(embedding)
+        if len(self.base) != SAMPLE:
+            raise ValueError(f"{path}: keeps {len(self.base)} rows of its base, not {SAMPLE}")
         if (here - self.base).norm() > 0.05 * self.base.norm():  # bfloat16 rounds by less than 0.004
             raise ValueError(
                 f"{path}: made for another base of the same shape; its rows mean nothing to this one"

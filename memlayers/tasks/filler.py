@@ -6,7 +6,8 @@ import random
 import re
 from pathlib import Path
 
-from memlayers.files import read_text
+from memlayers.config import ConfigError
+from memlayers.files import DamagedFile, read_text
 from memlayers.tasks.kinds import SPANS, Split
 from memlayers.tasks.spelling import Speller
 from memlayers.tasks.words import NOISE_SENTENCES
@@ -47,7 +48,10 @@ class ProseFiller:
             raise FileNotFoundError(
                 f"prose_file: there is no file {str(path)!r}. Give the path of a plain text file."
             )
-        sentences = split_sentences(read_text(path))
+        try:
+            sentences = split_sentences(read_text(path))
+        except DamagedFile as error:
+            raise ConfigError(f"prose_file: {error}") from None
         cut = round(len(sentences) * TRAIN_SHARE)
         part = sentences[:cut] if split == "train" else sentences[cut:]
         part = [s for s in part if not any(SPANS[kind].search(s) for kind in kinds)]

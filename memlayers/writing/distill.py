@@ -8,7 +8,16 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..core.masks import positions_of
-from ..core.model import decoder_of, device_of, eval_mode, max_positions, new_cache, without_state
+from ..core.model import (
+    decoder_of,
+    device_of,
+    eval_mode,
+    max_positions,
+    new_cache,
+    text_config,
+    without_state,
+)
+from ..core.size import check_fits
 from .config import DistillSection
 from .segments import Segments, right_aligned
 
@@ -34,6 +43,7 @@ def of_teacher(
 
     Raises:
         ValueError: a text without tokens, or one that leaves no positions for a continuation.
+        ConfigError: what the teacher says is more than this machine has memory for.
     """
     device, rows = device_of(model), len(input_ids)
     ids, used = right_aligned(input_ids.to(device), mask.to(device))
@@ -97,3 +107,7 @@ def _check(model: PreTrainedModel, used: torch.Tensor, config: DistillSection) -
             f"tokens, the model has {limit} positions; lower writer.distill.length or write pieces: "
             "state = ml.write(model, piece, state)"
         )
+    if device_of(model).type == "cpu":
+        numbers = len(used) * config.continuations * config.length * text_config(model).vocab_size
+        told = "writer.distill.continuations: lower it, or length, or write fewer rows: what the teacher says"
+        check_fits(8 * numbers, told)  # float32, once a step and once together

@@ -153,5 +153,5 @@ def test_a_state_of_another_memory_is_refused():
             model, ml.AssociativeMemoryConfig(n_tokens=2, segment_length=5, key_dim=key_dim), name="past"
         )
         states.append(ml.write(model, tokens(1, 7)))
-    with pytest.raises(ValueError, match=says("'past'", "layers.0.normalizer", "written by another memory")):
+    with pytest.raises(ValueError, match=says("'past'", "layers.0.matrix", "written by another memory")):
         model(tokens(1, 7), memory_state=states[0])

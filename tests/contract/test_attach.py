@@ -33,7 +33,7 @@ def assert_same(now, before):
         assert torch.equal(now["tensors"][name], tensor), name
 
 
-@cases()
+@cases(scope="all")
 def test_detach_returns_the_model_it_was(case):
     model = case.base()
     next(model.parameters()).requires_grad_(
@@ -73,7 +73,7 @@ def test_attach_keeps_class_keys_and_tensors(case):
     assert now == was
 
 
-@cases()
+@cases(scope="all")
 def test_disabled_is_the_base_bit_for_bit(case):
     base, model, ids = case.base(), case.model(), tokens(2, TEXT)
     with torch.no_grad():
@@ -188,7 +188,7 @@ def test_freeze_base_false_trains_both(case):
         assert parameter.grad is not None or unused, name
 
 
-@cases(lambda kind: kind.segmented, "does not read in segments")
+@cases(lambda kind: kind.segmented, "does not read in segments", scope="none")
 def test_window_is_the_segment(case):
     base, model = case.base(), case.model()
     assert ml.window(model) == SEGMENT

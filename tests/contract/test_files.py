@@ -18,7 +18,7 @@ def files_of(folder):
 
 
 @torch.no_grad()
-@cases()
+@cases(scope="all")
 def test_save_then_load_is_exact(case, tmp_path):
     model, ids = case.model(), case.tokens(2, TEXT)
     ml.save(model, tmp_path / "out")
@@ -109,12 +109,12 @@ def test_a_failed_write_leaves_the_old_file_and_no_piece(tmp_path, monkeypatch):
     ml.save(model, tmp_path)
     before = {name: (tmp_path / name).read_bytes() for name in files_of(tmp_path)}
 
-    def half(tensors, path, **kwargs):
+    def half(path, tensors, metadata):
         with open(path, "wb") as file:
             file.write(b"half a file")
         raise OSError("No space left on device")
 
-    monkeypatch.setattr("memlayers.files.tensors.save_file", half)
+    monkeypatch.setattr("memlayers.files.tensors.write_safetensors", half)
     with torch.no_grad():
         ml.memories(model)["stream"].initial_memory.fill_(3.0)
     with pytest.raises(OSError, match="No space left"):

@@ -42,7 +42,7 @@ def recompute(model, ids, answer, state=None, writes=False):
 
 
 @torch.no_grad()
-@cases()
+@cases(scope="all")
 def test_greedy(case):
     model, ids = case.model(), case.tokens(2, PROMPT)
     answer, logits, output = generate(model, ids)
@@ -91,7 +91,7 @@ def test_decoding_writes_what_a_prompt_would(case):
 
 
 @torch.no_grad()
-@cases()
+@cases(scope="all")
 def test_beams(case):
     """The score that beam search gives a sequence is the sum of log-probabilities under a full recompute:
     after reordering, each beam still has its own memory and window."""
@@ -132,7 +132,7 @@ def test_chunked_prefill_at_every_size(case):
 
 
 @torch.no_grad()
-@cases()
+@cases(scope="all")
 def test_two_calls_split_at_every_offset(case):
     """With and without keys and values handed on, at every offset: the same logits and the same state."""
     model, ids = case.model(), case.tokens(2, TEXT)

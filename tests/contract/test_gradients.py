@@ -28,7 +28,7 @@ def gradients(model, ids, **inputs):
     [(True, True), (False, True), (False, False)],
     ids=["reentrant", "non_reentrant", "non_reentrant_base_trained"],
 )
-@cases(*LEARNS)
+@cases(*LEARNS, scope="all")
 def test_checkpointing_gives_the_same_gradients(case, reentrant, freeze_base):
     model, ids = case.model(freeze_base=freeze_base).train(), case.tokens(2, 3 * SEGMENT)
     calls, norm = [], [m for n, m in model.named_modules() if n.endswith(("0.input_layernorm", "h.0.ln_1"))]

@@ -49,7 +49,7 @@ def trainer(case, model, folder, **extra):
     )
 
 
-@cases(*LEARNS)
+@cases(*LEARNS, scope="all")
 def test_trainer_takes_three_steps_and_evaluates(case, tmp_path):
     model = case.model()
     before = {name: p.clone() for name, p in model.named_parameters()}
@@ -107,7 +107,7 @@ def text(ids):
 
 
 @torch.no_grad()
-@cases()
+@cases(scope="all")
 def test_lm_eval_scores_it(case):
     """HFLM right-pads batches and passes no mask: scores in a batch must equal hand-made scores of each request
     alone, and again in a second call."""
@@ -177,7 +177,7 @@ def lora(model):
     return get_peft_model(model, config)
 
 
-@cases(*LEARNS)
+@cases(*LEARNS, scope="all")
 def test_peft_over_a_model_with_memory(case, tmp_path):
     model, ids = case.model(), tokens(2, TEXT)
     with torch.no_grad():

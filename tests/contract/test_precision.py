@@ -83,7 +83,7 @@ def test_training_under_autocast(case):
 
 
 @torch.no_grad()
-@cases()
+@cases(scope="all")
 def test_a_bf16_model_generates_and_continues_a_state(case):
     model = case.base().bfloat16()
     for name, config in case.kind.configs.items():

@@ -19,7 +19,7 @@ def rows():
     [("left", False), ("left", True), ("right", True)],
     ids=["left", "left_closed", "right_closed"],
 )
-@cases()
+@cases(scope="all")
 def test_a_padded_batch_is_each_row_alone(case, side, close):
     model = case.model()
     ids, mask = pad(rows(), side)

@@ -69,7 +69,7 @@ def test_a_given_state_is_not_changed(case):
 
 
 @torch.no_grad()
-@cases(*STATEFUL)
+@cases(*STATEFUL, scope="none")
 def test_clone_shares_nothing(case):
     model = case.model()
     state = ml.write(model, tokens(2, TEXT), close=False)
@@ -83,7 +83,7 @@ def test_clone_shares_nothing(case):
 
 
 @torch.no_grad()
-@cases(*STATEFUL)
+@cases(*STATEFUL, scope="none")
 def test_save_and_load_are_exact(case, tmp_path):
     model = case.model()
     state = ml.write(model, tokens(2, TEXT), close=False)
@@ -121,7 +121,7 @@ def test_select_and_cat_keep_rows_apart(case):
 
 
 @torch.no_grad()
-@cases(*STATEFUL)
+@cases(*STATEFUL, scope="none")
 def test_zeros_like_forgets_the_text_but_not_the_shape(case):
     model = case.model()
     a, b = (ml.write(model, tokens(2, TEXT, seed=seed)) for seed in (1, 2))
@@ -172,7 +172,7 @@ def test_the_state_rides_on_the_cache(case):
 
 
 @torch.no_grad()
-@cases(lambda kind: kind.accumulates, "has a state of constant size")
+@cases(lambda kind: kind.accumulates, "has a state of constant size", scope="none")
 def test_an_accumulating_state_grows_with_each_segment(case):
     model = case.model()
     sizes = [ml.write(model, tokens(1, n * SEGMENT)).nbytes for n in (1, 2, 3, 4)]
@@ -180,7 +180,35 @@ def test_an_accumulating_state_grows_with_each_segment(case):
 
 
 @torch.no_grad()
-@cases(lambda kind: kind.stateful and not kind.accumulates, "grows with the text")
+@cases(lambda kind: kind.stateful and not kind.accumulates, "grows with the text", scope="none")
 def test_the_state_has_a_constant_size(case):
     model = case.model()
     assert ml.write(model, tokens(1, SEGMENT)).nbytes == ml.write(model, tokens(1, 9 * SEGMENT)).nbytes
+
+
+@torch.no_grad()
+def test_one_row_that_stands_for_many_is_saved(tmp_path):
+    """A tensor that was expanded from one number has no step from one to the next."""
+    fields = {
+        "length": torch.zeros(1, dtype=torch.int64).expand(3)[:1],
+        "x": torch.ones(1, 1, 2).expand(1, 4, 2),
+    }
+    ml.MemoryState({"m": fields}).save(tmp_path / "x.safetensors")
+    same_state(ml.MemoryState.load(tmp_path / "x.safetensors"), ml.MemoryState({"m": fields}), tolerance=0)
+
+
+@torch.no_grad()
+@cases(*STATEFUL, scope="none")
+def test_the_numbers_of_a_state_are_looked_at_once(case, tmp_path, monkeypatch):
+    """Where it came from outside. Looking would make each token wait for the device."""
+    model, looked = case.model(), []
+    for memory in ml.memories(model).values():
+        monkeypatch.setattr(memory, "check_numbers", lambda fields, name: looked.append(name))
+    state = ml.write(model, tokens(2, TEXT), close=False)
+    model.generate(tokens(2, 3), past_key_values=state.select([1, 0]).to_cache(), max_new_tokens=3)
+    assert looked == []
+    state.save(tmp_path / "alice.safetensors")
+    loaded = ml.MemoryState.load(tmp_path / "alice.safetensors").select([1, 0])
+    model.generate(tokens(2, 3), past_key_values=loaded.to_cache(), max_new_tokens=3)
+    answers(model, loaded)
+    assert looked == list(ml.memories(model))

@@ -5,6 +5,7 @@ import pytest
 from tests.kernels.interpreted import needs_gpu, run_triton
 
 
+@pytest.mark.full
 def test_triton_interpreted():
     run_triton("triton_chunk_memory.py", interpret=True)
 

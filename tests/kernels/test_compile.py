@@ -35,7 +35,7 @@ def family_files() -> list[Path]:
     return sorted((ROOT / "kernels").glob("*/triton*.py"))
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.skipif(missing() is not None, reason=str(missing()))
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
 def test_compiles_without_spills(target, tmp_path):

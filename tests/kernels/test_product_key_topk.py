@@ -157,6 +157,7 @@ def test_nan_is_named(path, sign):
     product_key_topk(one, two, 3, path=path)
 
 
+@pytest.mark.full
 def test_triton_interpreted():
     run_triton("triton_product_key_topk.py", interpret=True)
 

@@ -182,6 +182,7 @@ def test_bad_input(change, error, message):
         weighted_gather(*change(*make("heads and tokens")[:3]))
 
 
+@pytest.mark.full
 def test_triton_interpreted():
     run_triton("triton_weighted_gather.py", interpret=True)
 

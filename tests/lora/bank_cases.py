@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
+import torch
 from matrix import ARCHITECTURES, CHECKPOINT
 
 import memlayers as ml
+from memlayers.files import read_json, write_json
+from memlayers.lora.index import sha256
+from memlayers.lora.reader import lora_memory
 
 CONFIG = ml.LoRABankConfig(
     steps=3, learning_rate=0.05, batch_size=2, segment_length=12, router_length=8, temperature=0.1
@@ -72,6 +75,41 @@ def shard_files(bank: ml.LoRABank, name: str) -> dict[str, Path]:
     return {path.name: path for path in folder.iterdir()}
 
 
-def rewrite(path: Path, **fields) -> None:
-    """Change fields of a JSON file."""
-    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+def rewrite(bank: ml.LoRABank, **fields) -> None:
+    """Change fields of `bank.json`, which has the right checksum afterwards."""
+    write_json(bank.path / "bank.json", {**read_json(bank.path / "bank.json"), **fields})
+
+
+def rewrite_file(bank: ml.LoRABank, shard: str, name: str, data: bytes) -> None:
+    """Change a file of a shard, as one that `bank.json` knows; the name of the folder stays."""
+    shard_files(bank, shard)[name].write_bytes(data)
+    shards = read_json(bank.path / "bank.json")["shards"]
+    shards[shard]["files"][name] = sha256(data)
+    rewrite(bank, shards=shards)
+
+
+def traces(text: str, *others: str | bytes) -> list[bytes]:
+    """What may not be found after a text was forgotten: its words, its hash, and what else is said."""
+    words = [word for word in text.split() if len(word) > 5]
+    return [x.encode() if isinstance(x, str) else x for x in (*words, sha256(text), *others)]
+
+
+def found_in(folder: Path, wanted: list[bytes]) -> list[bytes]:
+    """Which of `wanted` are in a file or a name under a folder."""
+    present = files(folder)
+    data = [*present.values(), *(name.encode() for name in present)]
+    return [x for x in wanted if any(x in each for each in data if each)]
+
+
+def flipped(data: bytes, bit: int) -> bytes:
+    """The same with one bit changed."""
+    changed = bytearray(data)
+    changed[bit // 8] ^= 1 << bit % 8
+    return bytes(changed)
+
+
+def learned(model, memory, tokenizer, documents, name, config, **options):
+    """An adapter without training, another one for other texts."""
+    generator = torch.Generator().manual_seed(int(sha256(repr((name, sorted(documents.items()))))[:8], 16))
+    like = lora_memory(model, memory).new_state(1)
+    return {field: torch.randn(x.shape[1:], generator=generator) for field, x in like.items()}

@@ -208,7 +208,9 @@ def test_only_one_writes(everywhere):
             lambda: other.forget("menu"),
             lambda: bank.forget("menu"),
         ):
-            with pytest.raises(ml.BankLocked, match=says(str(bank.path), "being changed by process", " on ")):
+            with pytest.raises(
+                ml.BankLocked, match=says(str(bank.path), "is being changed", "process", " on ")
+            ):
                 change()
         assert everywhere.open().list() == other.list(), "readers do not wait"
         assert files(bank.path) == before

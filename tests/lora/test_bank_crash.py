@@ -11,10 +11,10 @@ import traceback
 import pytest
 import torch
 
-import memlayers as ml
+from memlayers.lora import folders as folders_module
 from memlayers.lora import making
 from memlayers.lora import store as store_module
-from tests.lora.bank_cases import files, some
+from tests.lora.bank_cases import files, learned, rewrite, some
 
 DIED, DONE = 71, 72
 FILE_EVENTS = {"os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate", "shutil.rmtree"}
@@ -33,26 +33,19 @@ def encoder(texts):
 
 
 @pytest.fixture
-def banks(everywhere, monkeypatch):
-    """Makes copies of one bank, and trains each shard once only: what is tested here is files."""
-    train, known = making.train_shard, {}
-
-    def once(model, memory, tokenizer, documents, name, config, **options):
-        key = (name, tuple(sorted(documents.items())))
-        if key not in known:
-            known[key] = train(model, memory, tokenizer, documents, name, config, **options)
-        return known[key]
-
-    monkeypatch.setattr(making, "train_shard", once)
-    bank = everywhere.new("start", encoder=encoder)
+def banks(makes, monkeypatch):
+    """Makes copies of one bank, of shards that are not trained: what is tested here is files."""
+    monkeypatch.setattr(making, "train_shard", learned)
+    bank = makes.new("start", encoder=encoder)
     bank.add(some("handbook", "secret"), "red", "a")
     bank.add(some("menu"), "red", "b")
 
     def copy(name):
-        shutil.rmtree(everywhere.folder / name, ignore_errors=True)
-        shutil.copytree(everywhere.folder / "start", everywhere.folder / name)
-        return everywhere.open(name, encoder=encoder)
+        shutil.rmtree(makes.folder / name, ignore_errors=True)
+        shutil.copytree(makes.folder / "start", makes.folder / name)
+        return makes.open(name, encoder=encoder)
 
+    copy.open = lambda path: makes.open(path.name, encoder=encoder)
     return copy
 
 
@@ -108,7 +101,7 @@ def test_a_process_that_dies_at_any_file_operation(banks, change):
         bank = banks("bank")
         died = dies_in(change, bank, at)
         left = files(bank.path)
-        opened = ml.LoRABank.open(bank.path, bank.model, bank.tokenizer, memory="notes", encoder=encoder)
+        opened = banks.open(bank.path)
         after = files(bank.path)
         assert after in (old, new), f"operation {at}: neither the old bank nor the new one"
         assert opened.list() == (changed if after == new else start).list()
@@ -121,15 +114,18 @@ def test_a_process_that_dies_at_any_file_operation(banks, change):
 
 
 @changes
-def test_a_full_disk_at_any_time(banks, change, monkeypatch):
+@pytest.mark.parametrize("lasting", [False, True], ids=["once", "from then on"])
+def test_a_full_disk_at_any_time(banks, change, lasting, monkeypatch):
     start, changed = banks("other"), banks("changed")
     change(changed)
     old, new, fsync = files(start.path), files(changed.path), os.fsync
     for at in range(1000):
-        bank, left = banks("bank"), iter(range(at))
+        bank, count = banks("bank"), 0
 
-        def full(descriptor, left=left):
-            if next(left, None) is None:
+        def full(descriptor, at=at):
+            nonlocal count
+            count += 1
+            if count == at + 1 or (lasting and count > at):
                 raise OSError(errno.ENOSPC, "No space left on device")
             fsync(descriptor)
 
@@ -140,11 +136,48 @@ def test_a_full_disk_at_any_time(banks, change, monkeypatch):
                 break
             except OSError as error:
                 note = "".join(error.__notes__)
+        if lasting:  # what is left over is named in bank.json
+            banks.open(bank.path)
         assert files(bank.path) == (old if "is as it was" in note else new), (
             f"fsync {at}: something is left over"
         )
         assert bank.list() == (changed if files(bank.path) == new else start).list()
     assert at > 8 and files(bank.path) == new
+
+
+@changes
+@pytest.mark.parametrize("twice", [False, True], ids=["once", "and again"])
+def test_ctrl_c_at_any_file_operation(banks, change, twice, monkeypatch):
+    start, changed = banks("other"), banks("changed")
+    change(changed)
+    old, new, seen = files(start.path), files(changed.path), []
+    names = ["open", "mkdir", "rename", "replace", "unlink", "rmdir", "fsync", "chmod", "listdir", "lstat"]
+    for at in range(0, 1000, 3 if twice else 1):
+        bank, count = banks("bank"), 0
+
+        def interrupted(operation, at=at):
+            def operate(*arguments, **options):
+                nonlocal count
+                count += 1
+                if count == at + 1 or (twice and count == at + 4):
+                    raise KeyboardInterrupt
+                return operation(*arguments, **options)
+
+            return operate
+
+        with monkeypatch.context() as patch:
+            for name in names:
+                patch.setattr(os, name, interrupted(getattr(os, name)))
+            try:
+                change(bank)
+                break
+            except KeyboardInterrupt:
+                pass
+        if twice:
+            bank = banks.open(bank.path)
+        assert files(bank.path) in (old, new), f"operation {at}: neither the old bank nor the new one"
+        seen.append(files(bank.path) == new)
+    assert seen == sorted(seen) and {False, True} == set(seen) and at > 50
 
 
 def test_a_disk_that_takes_half_a_file(banks, monkeypatch):
@@ -165,9 +198,9 @@ def test_a_disk_that_takes_half_a_file(banks, monkeypatch):
             self.file.write(data[: len(data) // 2])
             raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(store_module, "open", lambda *a: Full(open(*a)), raising=False)  # noqa: SIM115
+    monkeypatch.setattr(folders_module, "open", lambda *a: Full(open(*a)), raising=False)  # noqa: SIM115
     for change in CHANGES.values():
-        with pytest.raises(OSError, match="No space left") as error:
+        with pytest.raises(OSError, match=r"cannot write .*adapter.*No space left") as error:
             change(bank)
         assert "as it was" in "".join(error.value.__notes__) and files(bank.path) == old
     monkeypatch.undo()
@@ -182,23 +215,37 @@ def test_old_files_that_cannot_be_deleted(banks, monkeypatch):
         raise PermissionError(errno.EPERM, "Operation not permitted", str(path))
 
     with monkeypatch.context() as patch:
-        patch.setattr(shutil, "rmtree", refused)
+        patch.setattr(store_module, "remove_folder", refused)
         with pytest.raises(PermissionError) as error:
             bank.forget("secret")
-    assert "has changed; open it again" in "".join(error.value.__notes__)
+        assert "has changed; open it again" in "".join(error.value.__notes__)
+        with pytest.warns(UserWarning, match="old files that are to be deleted and cannot be"):
+            opened = banks.open(bank.path)
+        assert [*opened.repair().leftovers.values()] == [
+            f"[Errno 1] Operation not permitted: '{bank.path}/shards/{name}'" for name in _leftovers(bank)
+        ]
+        opened.add(some("visit"), "red", "c")
     assert list(bank.list()[0].documents) == ["handbook"]
-    banked = ml.LoRABank.open(bank.path, bank.model, bank.tokenizer, memory="notes", encoder=encoder)
-    assert b"Zanzibar" not in b"".join(data or b"" for data in files(banked.path).values())
+    assert len(_leftovers(bank)) == 1
+    banks.open(bank.path)
+    assert _leftovers(bank) == []
+    assert b"Zanzibar" not in b"".join(data or b"" for data in files(bank.path).values())
+
+
+def _leftovers(bank):
+    return bank._store.read().leftovers
 
 
 def test_a_bank_that_is_being_changed_is_not_cleaned(banks):
     bank = banks("bank")
+    name = "c-0123456789abcdef"
     with bank._store.locked():
-        (bank.path / "shards" / ".c-0123456789abcdef.tmp").mkdir()
-        ml.LoRABank.open(bank.path, bank.model, bank.tokenizer, memory="notes", encoder=encoder)
-        assert (bank.path / "shards" / ".c-0123456789abcdef.tmp").is_dir()
-    ml.LoRABank.open(bank.path, bank.model, bank.tokenizer, memory="notes", encoder=encoder)
-    assert not (bank.path / "shards" / ".c-0123456789abcdef.tmp").exists()
+        (bank.path / "shards" / name).mkdir()
+        rewrite(bank, leftovers=[name])
+        banks.open(bank.path)
+        assert (bank.path / "shards" / name).is_dir()
+    banks.open(bank.path)
+    assert not (bank.path / "shards" / name).exists() and _leftovers(bank) == []
 
 
 def test_a_process_that_dies_while_it_holds_the_bank(banks):

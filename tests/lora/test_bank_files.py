@@ -3,11 +3,12 @@
 import pytest
 import torch
 from matrix import says
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
 import memlayers as ml
-from memlayers.lora.shard import base_hash, sha256
-from tests.lora.bank_cases import QUESTIONS, attached, files, rewrite, shard_files
+from memlayers.files import DamagedFile
+from memlayers.lora.shard import base_hash
+from tests.lora.bank_cases import QUESTIONS, attached, files, rewrite, rewrite_file, shard_files, some
 
 
 def test_another_base(makes, unchanged, tokenizer):
@@ -48,24 +49,14 @@ def test_another_memory(unchanged, tokenizer):
         ml.LoRABank.open(unchanged.path, attached("llama"), tokenizer, memory="notes", encoder=len)
 
 
-def test_an_adapter_of_another_base(makes, bank):
-    rewrite(shard_files(bank, "rules")["manifest.json"], base="0" * 64)
-    for ask in (
-        lambda b: b.read(QUESTIONS, groups=[["red"]] * 2),
-        lambda b: b.export("rules", makes.folder / "out"),
-        lambda b: b.update({"menu": "Nothing to eat."}),
-    ):
-        with pytest.raises(ValueError, match=says("manifest.json", "trained on another base")):
-            ask(makes.open())
-
-
-def test_weights_that_are_not_those_of_the_manifest(makes, bank):
+def test_weights_that_are_not_those_that_were_written(makes, bank):
     path = shard_files(bank, "rules")["adapter_model.safetensors"]
     whole = path.read_bytes()
     for data in (
         whole[:-1],
         whole[:50],
         b"",
+        bytes(len(whole)),
         shard_files(bank, "calls")["adapter_model.safetensors"].read_bytes(),
     ):
         path.write_bytes(data)
@@ -73,7 +64,7 @@ def test_weights_that_are_not_those_of_the_manifest(makes, bank):
             lambda b: b.read(QUESTIONS, groups=[["red"]] * 2),
             lambda b: b.export("rules", makes.folder / "out"),
         ):
-            with pytest.raises(ValueError, match=says(str(path), "sha256", "do not belong to this manifest")):
+            with pytest.raises(DamagedFile, match=says(str(path), "sha256", "bank.repair()")):
                 ask(makes.open())
     assert not (makes.folder / "out").exists()
     path.unlink()
@@ -82,48 +73,67 @@ def test_weights_that_are_not_those_of_the_manifest(makes, bank):
 
 
 def test_weights_of_another_shape(makes, bank):
-    """Of the right sha256: the manifest was made for them."""
-    found = shard_files(bank, "rules")
-    path, name = (
-        found["adapter_model.safetensors"],
-        "base_model.model.model.layers.0.mlp.up_proj.lora_A.weight",
-    )
+    """Of the right sha256: the bank was made for them."""
+    path = shard_files(bank, "rules")["adapter_model.safetensors"]
+    name = "base_model.model.model.layers.0.mlp.up_proj.lora_A.weight"
     tensors = load_file(path)
     for changed, expected in (
-        ({**tensors, name: torch.zeros(3, 32)}, ["(3, 32)", "rank 2", "(2, 32)"]),
+        ({**tensors, name: torch.zeros(3, 32)}, ["(3, 32)", "(2, 32)"]),
         ({**tensors, "foreign": torch.zeros(1)}, ["'foreign'", "no target"]),
         ({k: v for k, v in tensors.items() if k != name}, [name, "is missing"]),
     ):
-        save_file(changed, path)
-        rewrite(found["manifest.json"], adapter=sha256(path.read_bytes()))
-        with pytest.raises(ValueError, match=says(str(path), "does not match its manifest", *expected)):
+        rewrite_file(bank, "rules", path.name, save(changed))
+        with pytest.raises(ValueError, match=says(str(path), "does not match the bank", *expected)):
             makes.open().read(QUESTIONS, groups=[["red"]] * 2)
+    rewrite_file(bank, "rules", path.name, b"no tensors")
+    with pytest.raises(DamagedFile, match=says(str(path), "not a safetensors file")):
+        makes.open().read(QUESTIONS, groups=[["red"]] * 2)
 
 
 def test_other_files_of_a_shard(makes, bank):
     found = shard_files(bank, "rules")
     manifest = found["manifest.json"].read_bytes()
-    rewrite(found["manifest.json"], group="blue")
-    with pytest.raises(ValueError, match=says("group: 'blue' is not 'red'")):
-        makes.open().list()
-    rewrite(found["manifest.json"], group="red", color=3)
-    with pytest.raises(ml.ConfigError, match=says(str(found["manifest.json"]), "color: unknown field")):
-        makes.open().list()
-    found["manifest.json"].write_text("{")
-    with pytest.raises(ml.ConfigError, match=r"manifest\.json"):
-        makes.open().list()
-    found["manifest.json"].write_bytes(manifest)
+    for data in (manifest.replace(b"red", b"blue"), b"{", b""):
+        found["manifest.json"].write_bytes(data)
+        with pytest.raises(DamagedFile, match=says(str(found["manifest.json"]), "is damaged")):
+            makes.open().list()
+        assert [m.name for m in makes.open().list(["blue"])] == ["calls"]
+    found["adapter_config.json"].write_bytes(b"{}")
+    with pytest.raises(DamagedFile, match=says("adapter_config.json", "is damaged")):
+        makes.open().export("rules", makes.folder / "out")
     found = shard_files(bank, "calls")
     found["router.safetensors"].write_bytes(b"")
-    with pytest.raises(ValueError, match=says("router.safetensors", "sha256")):
+    with pytest.raises(DamagedFile, match=says("router.safetensors", "sha256")):
         makes.open().route(QUESTIONS, groups=[["blue"]] * 2)
-    texts = found["documents.jsonl"]
-    texts.write_text(texts.read_text().replace("queen", "king"))
-    with pytest.raises(ValueError, match=says("documents.jsonl", "'visit' is not as manifest.json has it")):
-        makes.open().update({"visit": "The queen stays away."})
-    texts.write_text("{")
-    with pytest.raises(ValueError, match="cut short or not a file of documents"):
-        makes.open().forget("visit")
+    assert makes.open().route(QUESTIONS, groups=[["red"], []]) == [[("rules", 1.0)], []]
+
+
+def test_texts_that_are_not_those_that_were_written(makes, bank):
+    path = shard_files(bank, "rules")["documents.jsonl"]
+    path.write_text(path.read_text().replace("soup", "soap"))
+    for change in (
+        lambda: bank.update({"handbook": "The key is lost."}),
+        lambda: bank.merge(["rules", "more"]),
+    ):
+        bank.add(some("secret"), "red", "more") if "more" not in {m.name for m in bank.list()} else None
+        with pytest.raises(DamagedFile, match=says(str(path), "document 'menu'", "bank.repair()")):
+            change()
+    (manifest,) = bank.update({"menu": "On Monday we fast."})
+    assert list(manifest.documents) == ["handbook", "menu"] and bank.repair(dry_run=True).damaged == {}
+
+
+def test_an_export_replaces_nothing(makes, bank):
+    folder = bank.export("rules", makes.folder / "out")
+    before = files(folder)
+    assert bank.export("rules", folder) == folder and files(folder) == before
+    with pytest.raises(FileExistsError, match=says("is another adapter's", "name another folder")):
+        bank.export("calls", folder)
+    assert files(folder) == before
+    (makes.folder / "links").mkdir()
+    (makes.folder / "links" / "adapter_config.json").symlink_to(folder / "adapter_config.json")
+    with pytest.raises(FileExistsError, match="is another adapter's"):
+        bank.export("rules", makes.folder / "links")
+    assert files(folder) == before
 
 
 def test_folders_that_are_no_bank(makes, tmp_path):
@@ -147,24 +157,30 @@ def test_folders_that_are_no_bank(makes, tmp_path):
 @pytest.mark.parametrize(
     "fields, expected",
     [
-        ({"format": "memlayers.bank.v2"}, ["format", "memlayers.bank.v2", "memlayers.bank.v1"]),
+        ({"format": "memlayers.bank.v9"}, ["format", "memlayers.bank.v9", "memlayers.bank.v2"]),
+        ({"format": "memlayers.bank.v1"}, ["format", "earlier version", "repair=True"]),
         ({"format": None}, ["format", "None"]),
         ({"colour": 1}, ["colour: unknown field"]),
         ({"shards": {"a": {"folder": "../../out", "group": "red"}}}, ["shards", "folder"]),
+        ({"leftovers": ["../rules"]}, ["leftovers"]),
         ({"config": {"stepz": 3}}, ["config.stepz: unknown field", "steps"]),
     ],
 )
 def test_bank_files_of_another_kind(makes, bank, fields, expected):
-    rewrite(bank.path / "bank.json", **fields)
-    for ask in (makes.open, bank.list, lambda: bank.forget("menu")):
+    rewrite(bank, **fields)
+    before = files(bank.path)
+    for ask in (makes.open, bank.list, lambda: bank.forget("menu"), bank.repair):
         with pytest.raises(ml.ConfigError, match=says(str(bank.path / "bank.json"), *expected)):
             ask()
+    assert files(bank.path) == before
 
 
-def test_a_bank_file_that_is_no_json(makes, bank):
+def test_a_bank_file_that_is_not_as_it_was_written(makes, bank):
     before = files(bank.path / "shards")
-    for text in ("", "{", "[]", "\xff"):
+    whole = (bank.path / "bank.json").read_text()
+    for text in ("", "{", "[]", "\xff", "[" * 200_000, whole.replace("rules-", "rulez-"), whole[:-20]):
         (bank.path / "bank.json").write_text(text, encoding="latin-1")
-        with pytest.raises(ml.ConfigError, match=says(str(bank.path / "bank.json"))):
-            makes.open()
+        for ask in (makes.open, bank.list, lambda: bank.forget("menu")):
+            with pytest.raises(DamagedFile, match=says(str(bank.path / "bank.json"), "repair=True")):
+                ask()
     assert files(bank.path / "shards") == before, "what cannot be read is not cleaned"

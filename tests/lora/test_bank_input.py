@@ -13,7 +13,7 @@ def test_documents_that_cannot_be_added(unchanged):
         ({}, ["no documents"]),
         ({"new": ""}, ["'new' is empty"]),
         ({"new": "."}, ["'new' has one token"]),
-        ({**some("secret"), "menu": "again"}, ["'menu' is in shard 'rules' already", "update or forget"]),
+        ({**some("secret"), "menu": "again"}, ["'menu' is in the bank already", "update or forget"]),
     ):
         with pytest.raises(ValueError, match=says(*expected)):
             unchanged.add(texts, "red")
@@ -75,7 +75,7 @@ def test_what_is_not_there(unchanged):
 def test_shards_that_cannot_be_merged(bank):
     bank.add(some("secret"), "red", "more")
     before = files(bank.path)
-    with pytest.raises(ValueError, match=says("'blue', 'red'", "cannot be merged")):
+    with pytest.raises(ValueError, match="shards of several groups cannot be merged"):
         bank.merge(["rules", "calls"])
     for shards in (["rules"], ["rules", "rules"], [], "rules"):
         with pytest.raises(ValueError, match="two different shards"):
@@ -101,9 +101,10 @@ def test_questions_and_groups_that_do_not_fit(unchanged):
             ask(["", "why?"], groups=[["red"]] * 2)
 
 
-def test_a_loss_that_is_not_finite(makes):
-    bank = makes.new(config=CONFIG.model_copy(update={"learning_rate": 1e30, "steps": 5}))
-    before = files(bank.path)
+def test_a_loss_that_is_not_finite(makes, monkeypatch):
+    bank = makes.new(config=CONFIG.model_copy(update={"steps": 5}))
+    before, losses = files(bank.path), training.row_losses
+    monkeypatch.setattr(training, "row_losses", lambda *a: losses(*a) * float("inf"))
     with pytest.raises(
         ValueError, match=says("of 5 of training shard 'rules'", "the bank is as it was", "learning_rate")
     ):

@@ -8,6 +8,7 @@ from matrix import near, says
 from safetensors.torch import load_file
 
 import memlayers as ml
+from memlayers.files import DamagedFile
 from tests.lora.bank_cases import CONFIG, QUESTIONS, TEXTS, attached, shard_files, some
 
 
@@ -53,22 +54,26 @@ def test_a_broken_shard_is_nobodys_trouble_but_its_readers(makes):
     reader = makes.open()
     assert reader.route(QUESTIONS, groups=[["red"]] * 2, top_k=2) == [[("a", 1.0)]] * 2
     assert reader.list(["red"])[0].name == "a"
-    with pytest.raises(ValueError, match=r"manifest\.json"):
+    with pytest.raises(DamagedFile, match=r"shards.b-.*router\.safetensors is damaged"):
         reader.route(QUESTIONS, groups=[["blue"], ["red"]], top_k=2)
+    with pytest.raises(DamagedFile, match=r"shards.b-.*manifest\.json is damaged"):
+        reader.list(["blue"])
 
 
-def test_a_group_that_is_not_there(makes):
+def test_a_group_that_is_not_there_is_one_without_shards(makes):
+    """An asker cannot tell a group that never was from one that lost its last document, nor stop another's row."""
     bank = makes.new()
     bank.add(some("menu"), "red", "a")
     bank.add(some("secret"), "blue", "b")
-    for ask in (
-        lambda: bank.route(QUESTIONS, groups=[["red"], ["green"]], top_k=2),
-        lambda: bank.read(QUESTIONS, groups=[["green"], ["red"]], top_k=2),
-        lambda: bank.list(["green"]),
-    ):
-        with pytest.raises(ValueError, match="no group 'green'") as error:
+    bank.forget("secret")
+    for group in ("blue", "green", "", "red ", "\udc80"):
+        assert bank.list([group]) == []
+        assert bank.route(QUESTIONS, groups=[["red"], [group]], top_k=2) == [[("a", 1.0)], []]
+        state, alone = (bank.read(QUESTIONS, groups=[["red"], own], top_k=2) for own in ([group], []))
+        assert all(torch.equal(x, alone["notes"][field]) for field, x in state["notes"].items())
+    for ask in (lambda: bank.list([3]), lambda: bank.route(QUESTIONS, groups=[["red"], [None]])):
+        with pytest.raises(TypeError, match="groups are a list of names"):
             ask()
-        assert "blue" not in str(error.value) and "'b'" not in str(error.value)
 
 
 def test_a_row_without_rights_reads_the_model_as_it_is(makes):

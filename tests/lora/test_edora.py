@@ -5,7 +5,8 @@ import torch
 from matrix import ARCHITECTURES, says, tokens
 from peft import LoraConfig, PeftModel, get_peft_model
 
-from memlayers.lora.edora import bake, edora, load_edora
+from memlayers.files import DamagedFile
+from memlayers.lora.edora import bake, edora, load_edora, save_edora
 
 LLAMA, GPT2 = ARCHITECTURES[0], ARCHITECTURES[3]
 each = pytest.mark.parametrize("architecture", [LLAMA, GPT2], ids=lambda a: a.name)
@@ -66,6 +67,22 @@ def test_formula_and_merge(architecture):
         torch.testing.assert_close(layer(x).double(), expected, atol=1e-5, rtol=1e-5, msg=name)
     expected = model(ids).logits
     torch.testing.assert_close(model.merge_and_unload()(ids).logits, expected, atol=2e-4, rtol=2e-4)
+
+
+@torch.no_grad()
+def test_saved_with_checksums(tmp_path):
+    model, ids = shaken(edora(build(LLAMA))), tokens(2, 9)
+    save_edora(model, tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+    assert torch.equal(load_edora(LLAMA.build().eval(), tmp_path).eval()(ids).logits, model(ids).logits)
+    for path in sorted(tmp_path.iterdir()):
+        whole = path.read_bytes()
+        damaged = bytearray(whole)
+        damaged[-5] ^= 1
+        path.write_bytes(damaged)
+        with pytest.raises(DamagedFile, match=says(str(path), "not as it was written")):
+            load_edora(LLAMA.build(), tmp_path)
+        path.write_bytes(whole)
 
 
 @each

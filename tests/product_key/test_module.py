@@ -211,9 +211,9 @@ def test_a_width_that_does_not_fit():
 
 def test_a_table_larger_than_memory_says_its_bytes():
     with pytest.raises(
-        ml.ConfigError, match=r"n_keys: .* takes 4,000,000,000,000,000 bytes, [\d,]+ are free"
+        ml.ConfigError, match=r"n_keys: .* takes 1,125,899,906,842,624 bytes, [\d,]+ are free"
     ):
-        ml.ProductKeyMemory(config(n_keys=10_000_000, value_dim=10), HIDDEN)
+        ml.ProductKeyMemory(config(n_keys=65_536, value_dim=65_536), HIDDEN)
 
 
 def test_nan_is_named_and_not_spread():

@@ -6,6 +6,7 @@ from matrix import ARCHITECTURES, TEXT, VOCAB, says, tokens
 from safetensors.torch import load_file, save_file
 
 import memlayers as ml
+from memlayers.files import DamagedFile
 
 TIED = ARCHITECTURES[0]
 
@@ -103,8 +104,15 @@ def test_files_that_are_no_procedure_for_this_base(tmp_path, tiny_llama):
         tmp_path / "more",
         metadata={"format": "memlayers.task_token.v1"},
     )
+    damaged = bytearray(file.read_bytes())
+    damaged[-1] ^= 1
+    (tmp_path / "flipped").write_bytes(damaged)
+    with pytest.raises(DamagedFile, match=says("flipped", "tensor", "not as it was written")):
+        memory.add_exported(tmp_path / "flipped")
     for name, part in [("cut", "cut short"), ("foreign", "not a procedure"), ("more", "has tensors")]:
         with pytest.raises(ValueError, match=says(str(tmp_path / name), part)):
+            memory.add_exported(tmp_path / name, verify=False)
+        with pytest.raises(ValueError, match=says(str(tmp_path / name))):
             memory.add_exported(tmp_path / name)
 
 

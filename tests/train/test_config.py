@@ -3,9 +3,12 @@
 import pytest
 
 import memlayers as ml
-from memlayers.config import validate
+from memlayers.config import ConfigError, validate
+from memlayers.core import size
 from memlayers.train.config import TrainConfig
+from memlayers.train.model import build_model
 from memlayers.train.run import train
+from memlayers.train.sources import make_source
 
 
 @pytest.mark.parametrize(
@@ -109,3 +112,68 @@ def test_the_configs_of_the_repository_are_valid():
     for file in files:
         load_yaml(file, [], TrainConfig)
         assert f"--config configs/train/{file.name}" in file.read_text().split("\nmodel:")[0]
+
+
+@pytest.mark.parametrize(
+    ("changes", "data"),
+    [
+        ({"batch_size": 1_000_000}, {}),
+        ({}, {"segment_length": 2**24}),
+        ({}, {"segments": 100_000, "segment_length": 2**20}),
+        ({"batch_size": 1_000_000}, {"type": "text", "files": ["none.txt"], "length": 64}),
+        ({}, {"type": "jsonl", "files": ["none.jsonl"], "length": 2**24}),
+    ],
+    ids=range(5),
+)
+def test_a_batch_that_no_machine_holds_is_not_made(config, fields, tokenizer, changes, data):
+    made = data if "type" in data else {**fields()["data"], **data}
+    with pytest.raises(
+        ConfigError, match=r"batch_size: [\d,]+ items of [\d,]+ tokens are more than 16,777,216"
+    ):
+        make_source(config(data=made, **changes), tokenizer, 24)
+
+
+def test_uses_that_no_machine_holds(config):
+    with pytest.raises(ConfigError, match=r"data\.uses: 1,000,000 of 1,000,000 procedures"):
+        config(data={"type": "procedures", "n": 1_000_000, "uses": 1_000_000})
+
+
+RANDOM = {"model_type": "llama", "hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1}
+
+
+@pytest.mark.parametrize(
+    ("other", "told"),
+    [
+        ({"num_hidden_layers": 10**9}, "model.config.num_hidden_layers: at most 10,000"),
+        ({"hidden_size": 2**22, "intermediate_size": 2**22}, "model.config.hidden_size: lower it"),
+        ({"vocab_size": 10**15}, "model.config"),
+        ({"num_attention_heads": 0}, "model.config"),
+        ({"num_attention_heads": "two"}, "model.config"),
+        ({"model_type": ["llama"]}, "model.config"),
+        ({"model_type": "lama"}, "model.config"),
+        ({"hidden_act": "none"}, "model.config"),
+        ({"auto_map": {"AutoModelForCausalLM": "own.Model"}}, ""),
+    ],
+    ids=range(9),
+)
+def test_a_random_model_that_cannot_be_built(config, base, other, told):
+    model = {"config": {**RANDOM, **other}, "tokenizer": str(base)}
+    run = config(model=model, memories={}, data={"type": "text", "files": ["a.txt"]})
+    if told:
+        with pytest.raises(ConfigError) as error:
+            build_model(run)
+        assert str(error.value).startswith(told)
+    else:
+        build_model(run)  # what was named is not looked for
+
+
+def test_a_lora_that_no_machine_holds(config, monkeypatch):
+    real = size.psutil.virtual_memory()
+    monkeypatch.setattr(size.psutil, "virtual_memory", lambda: real._replace(available=10_000_000))
+    with pytest.raises(ConfigError, match=r"lora\.r: lower it: a LoRA on \d+ layers takes [\d,]+ bytes"):
+        build_model(config(lora={"r": 65_536}, train_what="memory_and_lora"))
+
+
+def test_a_name_that_no_memory_can_have(config):
+    with pytest.raises(ConfigError, match="memories: 'a b' cannot name a memory"):
+        build_model(config(memories={"a b": {"type": "tokens", "n_tokens": 2, "segment_length": 24}}))

@@ -11,7 +11,7 @@ from memlayers.config import validate
 from memlayers.train.config import TrainConfig
 from memlayers.train.curriculum import Curriculum
 from memlayers.train.data import ANSWER, Example, collate
-from memlayers.train.resume import Progress
+from memlayers.train.snapshot import Progress
 from memlayers.train.sources import make_source
 
 TEXT = "\n".join(f"Line {i} tells of a house, a river and the {i}th tree." for i in range(200))

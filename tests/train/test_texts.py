@@ -83,6 +83,12 @@ def test_a_text_that_is_no_text(tmp_path):
         read_file(write(tmp_path, b"\xef\xbb\xbf \n", "a.txt"))
 
 
+def test_a_row_without_text(tokenizer):
+    for row in (None, 5, ["a"]):
+        with pytest.raises(ConfigError, match=r"data\.text_field: a row holds .*, which is no text"):
+            text_ids(tokenizer, row)
+
+
 def test_a_long_text_is_tokenised_in_pieces(tokenizer, monkeypatch):
     text = "The grass is green. The sky is blue.\nThe sun is yellow. " * 20
     whole = text_ids(tokenizer, text)
