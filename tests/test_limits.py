@@ -11,8 +11,7 @@ from matrix import llama, says
 import memlayers as ml
 from memlayers.config import ConfigError, Strict, validate
 from memlayers.core import size
-from memlayers.eval.config import SuiteConfig
-from memlayers.eval.suites import make_items
+from memlayers.eval.experiments.recall import SuiteConfig, make_items
 from memlayers.train.config import LossSection, TrainConfig
 
 
@@ -70,7 +69,7 @@ def test_stages_are_not_listed_before_they_are_looked_at():
 def test_texts_that_no_machine_holds_are_not_asked(tokenizer):
     suite = SuiteConfig(task={"type": "passkey"}, n=1_000_000, lengths=[2**24])
     with pytest.raises(ConfigError, match=r"n: 1,000,000 texts of 16,777,216 tokens are more"):
-        make_items(suite, tokenizer, 16, seed=0)
+        make_items("passkey", suite, tokenizer, 16, seed=0)
 
 
 LARGE = [
