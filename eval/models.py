@@ -57,7 +57,7 @@ class ModelConfig(ExperimentConfig):
 
 
 class FromCheckpoint:
-    """The models of a checkpoint, loaded when they are asked for and kept by nobody: one is in memory at a time.
+    """The models of a checkpoint, loaded when they are asked for and kept by nobody.
 
     The base is the original one, also when training changed it (folder `base/` or `lora/` in the checkpoint).
     Attributes: `missing`: stages that have no model -> reason. `base_is_model`: there is no base but itself.

@@ -209,7 +209,8 @@ def table_of(experiment: Experiment, view: Table, cells: list[dict], several_run
         line[column] = cell_text(cell, experiment.metric(cell["metric"]).digits)
         if "n" in cell:
             n, units = cell["n"], cell["units"]
-            line["n"] = f"{n:,}" if n == units else f"{n:,} in {units:,} {experiment.unit}s"
+            count = f"{n:,}" if n == units else f"{n:,} in {units:,} {experiment.unit}s"
+            line["n"] = ", ".join(dict.fromkeys([*filter(None, line.get("n", "").split(", ")), count]))
     if view.cols and view.cols in view.where:
         columns = [str(value) for value in view.where[view.cols] if str(value) in columns]
     frame = pandas().DataFrame(lines.values(), columns=[*rows, *columns, "n"])
@@ -222,10 +223,10 @@ def cell_text(cell: Mapping, digits: int, sign: str = "") -> str:
         return NOT_RUN
     form = f"{sign},.{digits}f"
     text = format(cell["value"], form)
-    if cell["low"] is not None:
+    if cell["low"] is not None and not cell["low"] == cell["high"] == cell["value"]:  # else nothing varies
         text += f" [{cell['low']:{form}}, {cell['high']:{form}}]"
     each = list(cell.get("by_seed", {}).values())
-    return text + (f" ({min(each):{form}} to {max(each):{form}})" if len(each) > 1 else "")
+    return text + (f" ({min(each):{form}} to {max(each):{form}})" if len({*each}) > 1 else "")
 
 
 def gains_table(experiment: Experiment, cells: list[dict], keys: Sequence[str]):

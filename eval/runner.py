@@ -250,7 +250,7 @@ def make_report(
 def _words(experiment: Experiment, head: dict, runs: Sequence[str]) -> tuple[str, str, str]:
     """Title, paragraph and last line of a report."""
     seeds = ", ".join(head["seeds"])
-    model = ", ".join(runs) or head["config"].get("model", "")
+    model = ", ".join(runs) or head["config"].get("model") or head["config"].get("base", "")
     several = " (lowest to highest seed)" if len(head["seeds"]) > 1 else ""
     about = (
         f"{model}; seeds {seeds}. {experiment.about} Figures: value [95 % interval over {experiment.unit}s]{several}. "

@@ -204,6 +204,7 @@ class ProceduresRun:
                 "correct": self.task.answer_in(ids) == use.answer[1:-1],
                 "routed": ids[0] == first,
                 "last": after in (0, len(self.batches)),
+                "learned": after > 0,
             }
 
     def _generate(self, model, prompts: Sequence[list[int]]) -> list[list[int]]:
@@ -258,12 +259,14 @@ EXPERIMENT = Experiment(
             rows=("after",),
             cols="batch",
             metrics=("accuracy",),
+            where={"learned": (True,)},
         ),
         Table(
             title="{arm}: what is forgotten",
             by=("arm",),
             rows=("after",),
             metrics=("routing", "drop of earlier ones", "drop of their routing"),
+            where={"learned": (True,)},
         ),
         Lines(
             title="Accuracy on each batch, after each later one",
@@ -272,6 +275,7 @@ EXPERIMENT = Experiment(
             x="after",
             hue="batch",
             metrics=("accuracy",),
+            where={"learned": (True,)},
         ),
     ),
 )
