@@ -20,15 +20,14 @@ def draw(experiment: Experiment, view: Picture, cells: Sequence[dict], title: st
     metric = view.metrics[0]
     cells = [cell for cell in cells if cell["metric"] == metric]
     names = list(dict.fromkeys(_name(cell, view.panels) for cell in cells)) or [""]
-    columns = min(COLUMNS, len(names))
+    columns = 2 if isinstance(view, Heatmap) and len(names) % 2 == 0 else min(COLUMNS, len(names))
     rows = -(-len(names) // columns)
     figure = Figure(figsize=_size(view, cells, rows, columns), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(rows, columns, squeeze=False, sharey=not isinstance(view, Lines)).flat
-    styles = _styles(view, cells)
     for axis, name in zip(axes, names):
         part = [cell for cell in cells if _name(cell, view.panels) == name]
-        {Lines: _lines, Bars: _bars, Heatmap: _heatmap}[type(view)](axis, view, part, styles)
+        {Lines: _lines, Bars: _bars, Heatmap: _heatmap}[type(view)](axis, view, part, cells)
         axis.set_title(name, fontsize=9)
         axis.set_xlabel(view.x, fontsize=9)
         axis.tick_params(labelsize=8)
@@ -76,8 +75,8 @@ def _bounds(cell: dict) -> tuple[float, float]:
     return (cell["value"],) * 2 if low is None else (min(low, cell["value"]), max(high, cell["value"]))
 
 
-def _lines(axis, view: Lines, cells: Sequence[dict], styles: dict) -> None:
-    for hue, style in styles.items():
+def _lines(axis, view: Lines, cells: Sequence[dict], everything: Sequence[dict]) -> None:
+    for hue, style in _styles(view, everything).items():
         shown = _measured(view, cells, hue)
         at = [cell[view.x] for cell in shown]
         axis.plot(at, [cell["value"] for cell in shown], "o-", markersize=3, label=hue, **style)
@@ -94,7 +93,8 @@ def _lines(axis, view: Lines, cells: Sequence[dict], styles: dict) -> None:
         axis.minorticks_off()
 
 
-def _bars(axis, view: Bars, cells: Sequence[dict], styles: dict) -> None:
+def _bars(axis, view: Bars, cells: Sequence[dict], everything: Sequence[dict]) -> None:
+    styles = _styles(view, everything)
     places = list(dict.fromkeys(cell[view.x] for cell in cells))
     width = 0.8 / max(1, len(styles))
     for number, (hue, style) in enumerate(styles.items()):
@@ -109,9 +109,8 @@ def _bars(axis, view: Bars, cells: Sequence[dict], styles: dict) -> None:
     axis.set_xticks(range(len(places)), places, rotation=40, ha="right")
 
 
-def _heatmap(axis, view: Heatmap, cells: Sequence[dict], styles: dict) -> None:
-    across = list(dict.fromkeys(cell[view.x] for cell in sorted(cells, key=lambda cell: cell[view.x])))
-    down = sorted({cell[view.y] for cell in cells})
+def _heatmap(axis, view: Heatmap, cells: Sequence[dict], everything: Sequence[dict]) -> None:
+    across, down = (sorted({cell[key] for cell in everything}) for key in (view.x, view.y))
     grid = {(cell[view.x], cell[view.y]): cell for cell in cells if "not_run" not in cell}
     values = [[grid[x, y]["value"] if (x, y) in grid else float("nan") for x in across] for y in down]
     axis.imshow(values, vmin=0, vmax=1, cmap="viridis", aspect="auto")

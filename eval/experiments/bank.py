@@ -232,7 +232,7 @@ class BankRun:
         for temperature in self.config.temperatures:
             bank.config = bank.config.model_copy(update={"temperature": temperature})
             for record in self.ask(f"top-{top_k}, other weights", bank, probes, top_k):
-                yield {**record, "temperature": temperature}
+                yield {**record, "asked": "with other weights", "temperature": temperature}
 
     def _in_batches(self, arm: str, probes: Sequence[Probe], answer) -> Iterator[Record]:
         """Ask in batches of questions of about the same length; a record a question, in their order."""
@@ -374,7 +374,7 @@ EXPERIMENT = Experiment(
             x="arm",
             hue="prompts",
             metrics=("accuracy",),
-            where={"part": ("kept", "deleted")},
+            where={"part": ("kept", "deleted"), "asked": ("before", "after deletion")},
         ),
     ),
 )
