@@ -22,7 +22,7 @@ CHECKSUMS = "checksums"
 TOLD = "take a copy that is whole, or read it with verify=False"
 UNKNOWN = "0" * 32
 """What stands in the place of a checksum until it is known; as long as one."""
-PIECE = 1 << 20
+PIECE = 1 << 19
 """Bytes that stay in a processor's cache between two looks at them."""
 THREADS = min(4, os.cpu_count() or 1)
 
@@ -94,12 +94,17 @@ def read_tensors(
     sums = None
     if verify and (required or CHECKSUM in metadata):
         sums = _sums(path, tensors, metadata, recorded)
-    with looking_at(path, tensors if sums is not None else {}) as found:
-        if device is not None:
-            tensors = {name: tensor.to(device, copy=True) for name, tensor in tensors.items()}
+    copies = {} if device is None else {name: torch.empty_like(tensor) for name, tensor in tensors.items()}
+    with looking_at(path, tensors if sums is not None else {}, copies) as found:
+        pass
     for name in sums or {}:
         if found[name] != sums[name]:
             raise DamagedFile(f"{path}: tensor {name!r} is not as it was written; {TOLD}")
+    if device is not None:
+        if sums is None:
+            for name, copy in copies.items():
+                copy.copy_(tensors[name])
+        tensors = {name: copy.to(device) for name, copy in copies.items()}
     return tensors, {k: v for k, v in metadata.items() if k not in (CHECKSUMS, CHECKSUM)}
 
 
@@ -124,18 +129,22 @@ def _sums(
 
 
 @contextmanager
-def looking_at(path: str | Path, tensors: Mapping[str, torch.Tensor]) -> Iterator[dict[str, str]]:
+def looking_at(
+    path: str | Path, tensors: Mapping[str, torch.Tensor], copies: Mapping[str, torch.Tensor] | None = None
+) -> Iterator[dict[str, str]]:
     """Fill a dictionary with the checksums of tensors, in threads, while the context goes on; it is whole at its end.
 
     Args:
         tensors: contiguous, on the CPU.
+        copies: tensors like them by the same names, to be filled with them.
 
     Raises:
         ValueError: a number is not finite; names the file and the tensor.
     """
+    copies = copies or {}
     sums: dict[str, str] = {}
     with ThreadPoolExecutor(THREADS) as pool:
-        looks = {name: pool.submit(_look, name, tensor) for name, tensor in tensors.items()}
+        looks = {name: pool.submit(_look, name, tensor, copies.get(name)) for name, tensor in tensors.items()}
         try:
             yield sums
         except BaseException:
@@ -149,10 +158,13 @@ def looking_at(path: str | Path, tensors: Mapping[str, torch.Tensor]) -> Iterato
 
 
 @torch.no_grad()
-def _look(name: str, tensor: torch.Tensor) -> tuple[str, bool]:
-    """A tensor's checksum and whether it is finite, piece by piece, so that it comes from memory once."""
+def _look(name: str, tensor: torch.Tensor, copy: torch.Tensor | None = None) -> tuple[str, bool]:
+    """A tensor's checksum and whether it is finite, piece by piece, so that it comes from memory once; and its copy."""
     digest, extremes = start_of_checksum(name, tensor), []
-    for piece in bytes_of(tensor).split(PIECE) if tensor.numel() else ():
+    pieces = bytes_of(tensor).split(PIECE) if tensor.numel() else ()
+    places = pieces if copy is None else bytes_of(copy).split(PIECE)
+    for piece, place in zip(pieces, places):
+        piece = piece if copy is None else place.copy_(piece)
         digest.update(piece.numpy())
         extremes += extremes_of(piece.view(tensor.dtype))
     return digest.hexdigest(), not extremes or bool(torch.isfinite(torch.stack(extremes)).all())

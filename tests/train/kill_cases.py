@@ -1,7 +1,8 @@
-"""Runs in forked processes, alone or two together, that are killed and go on, and a look at what each kill has left."""
+"""Runs in processes of their own, alone or two together, that are killed and go on, and a look at what each kill has left."""
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import random
 import signal
@@ -75,16 +76,37 @@ def check_what_is_left(out: Path) -> None:
 
 
 def run_ranks(
-    run, world: int, victims: list[int] = (), after: float | None = None, at_call: int | None = None
+    run,
+    world: int = 1,
+    victims: list[int] = (),
+    after: float | None = None,
+    at_call: int | None = None,
+    before: Callable[[int], None] | None = None,
 ) -> list[int]:
-    """The statuses of forked processes that train `run` together and go on where there is a checkpoint."""
+    """The statuses of fresh processes that train `run` together and go on where there is a checkpoint.
+
+    before: a function at the top of a module, called in each process with its number.
+    """
+    fork = multiprocessing.get_context(
+        "forkserver"
+    )  # a process that has trained may not be forked: it has threads
+    fork.set_forkserver_preload(["memlayers.train.run"])
     port = _free_port()
-    children = [_fork(run, rank, world, port, at_call if rank in victims else None) for rank in range(world)]
+    children = [
+        fork.Process(
+            target=_life, args=(run, rank, world, port, at_call if rank in victims else None, before)
+        )
+        for rank in range(world)
+    ]
+    for child in children:
+        child.start()
     if after is not None:
         time.sleep(after)
         for rank in victims:
-            os.kill(children[rank], signal.SIGKILL)
-    return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+            children[rank].kill()
+    for child in children:
+        child.join()
+    return [child.exitcode for child in children]
 
 
 def _free_port() -> int:
@@ -93,29 +115,19 @@ def _free_port() -> int:
         return free.getsockname()[1]
 
 
-def _fork(run, rank: int, world: int, port: int, at_call: int | None) -> int:
-    child = os.fork()
-    if child:
-        return child
-    status = 1
-    try:
-        said = os.open(f"{run.output_dir}-rank{rank}.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        os.dup2(said, 1), os.dup2(said, 2)
-        if world > 1:
-            ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
-            place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ACCELERATE_USE_CPU": "true"}
-            os.environ.update({name: str(value) for name, value in {**ranks, **place}.items()})
-        if at_call is not None:
-            _kill_at_call(at_call)
-        torch.set_num_threads(1)
-        train(run, resume=True)
-        status = 0
-    except BaseException:
-        import traceback
-
-        traceback.print_exc()
-    finally:
-        os._exit(status)
+def _life(run, rank: int, world: int, port: int, at_call: int | None, before) -> None:
+    said = os.open(f"{run.output_dir}-rank{rank}.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(said, 1), os.dup2(said, 2)
+    if world > 1:
+        ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ACCELERATE_USE_CPU": "true"}
+        os.environ.update({name: str(value) for name, value in {**ranks, **place}.items()})
+    if at_call is not None:
+        _kill_at_call(at_call)
+    if before is not None:
+        before(rank)
+    torch.set_num_threads(1)
+    train(run, resume=True)
 
 
 def _kill_at_call(n: int) -> None:

@@ -18,7 +18,7 @@ from memlayers.train.checkpoints import EarlierFormat
 from memlayers.train.run import train
 from tests.train.remains import remains
 
-FUZZ = int(os.environ.get("MEMLAYERS_FUZZ", "60"))
+FUZZ = int(os.environ.get("MEMLAYERS_FUZZ", "40"))
 NEWEST, BEFORE = "step-00000006", "step-00000004"
 MARK = ".memlayers-checkpoint.json"
 
@@ -104,6 +104,7 @@ def as_link(path: Path, rng: random.Random, older: Path) -> None:
 DAMAGES = [flip, flip, flip, cut, zero, swap, recast, not_finite, remove, other_json, as_folder, as_link]
 
 
+@pytest.mark.slow
 def test_damage_is_told_and_the_run_goes_on_from_the_one_before(finished, capsys):
     rng, expected = random.Random(FUZZ), None
     for _ in range(FUZZ):
