@@ -74,7 +74,9 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> ExperimentCo
     data = read_yaml(path)
     for override in overrides:
         apply_override(data, override)
-    return validate(registry.find(data.get("experiment")).config, data)
+    if "experiment" not in data:
+        raise ConfigError(f"experiment: is missing in {path}; it is one of {', '.join(registry.EXPERIMENTS)}")
+    return validate(registry.find(data["experiment"]).config, data)
 
 
 def evaluate(config: ExperimentConfig, output_dir: str | Path, progress: bool = True) -> Results:
