@@ -130,6 +130,7 @@ def evaluate_model(
     Raises:
         ConfigError: a wrong field, or an experiment that trains models of its own.
     """
+    report.pandas()
     found = registry.find(experiment)
     if found.measure is None:
         raise ConfigError(f"experiment: {experiment} makes its models itself; use evaluate() with its config")

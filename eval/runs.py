@@ -14,7 +14,6 @@ from memlayers.eval.statistics import gain
 MODELS = (
     "model",
     "base",
-    "base_name",
     "checkpoint",
     "memories",
     "tokenizer",
@@ -60,7 +59,7 @@ def report_runs(arguments: Sequence[str]) -> Results:
         head["seeds"] |= {
             f"{seed} of {name}" if len(runs) > 1 else seed: w for seed, w in each["seeds"].items()
         }
-        records += [{**row, "run": name, "seed": row["seed"] + 1000 * number} for row in rows]
+        records += [{**row, "run": name, "seed": row["seed"] + 2**31 * number} for row in rows]
     if len({name for name, _, _ in runs}) == 1:
         records = [{k: v for k, v in row.items() if k != "run"} for row in records]
     names = list(dict.fromkeys(name for name, _, _ in runs))

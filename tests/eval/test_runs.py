@@ -6,6 +6,7 @@ import builtins
 import json
 import random
 import re
+from pathlib import Path
 from typing import Literal
 
 import pytest
@@ -192,6 +193,16 @@ def test_an_unknown_experiment_is_named(tmp_path):
         path.write_text(text)
         with pytest.raises(ConfigError, match=told):
             load_config(path)
+
+
+CONFIGS = sorted((Path(__file__).parents[2] / "configs" / "eval").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_committed_config_loads_and_says_how_it_is_run(path):
+    assert load_config(path).experiment in registry.EXPERIMENTS
+    text = path.read_text()
+    assert f"memlayers eval configs/eval/{path.name}" in text.split("experiment:")[0] and "/work/" not in text
 
 
 def test_without_pandas_one_line_names_the_extra(tmp_path, monkeypatch):
