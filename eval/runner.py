@@ -20,7 +20,7 @@ import torch
 from tqdm.auto import tqdm
 
 from memlayers.config import ConfigError, validate
-from memlayers.eval import pictures, registry, report
+from memlayers.eval import pages, pictures, registry, report
 from memlayers.eval.experiment import Experiment, ExperimentConfig, Picture, Record
 from memlayers.eval.models import IN_MEMORY, InMemory
 from memlayers.eval.output import RECORDS, REPORT, check_output, read_records, write_output
@@ -51,7 +51,7 @@ class Results:
     report: dict
     pictures: dict[str, bytes]
     texts: dict[str, str]
-    sections: list[report.Section]
+    sections: list[pages.Section]
 
     def cell(self, **keys: Any) -> dict:
         """The first cell of a table with these keys (`arm="trained", length=64, metric="accuracy"`).
@@ -239,13 +239,13 @@ def make_report(
         for at, part in report.by_values(cells, view.by):
             name, title = (text.format(**dict(zip(view.by, at))) for text in (view.file, view.title))
             drawn[f"{name}.png"] = pictures.draw(experiment, view, part, title)
-            sections.append(report.Section(title, view.text, picture=f"{name}.png"))
+            sections.append(pages.Section(title, view.text, picture=f"{name}.png"))
     title, about, foot = _words(experiment, head, runs)
     data = {"experiment": head["experiment"], "title": title, "config": config, "seeds": head["seeds"]}
     data |= {"warnings": warnings, "tables": tables}
     texts = {
-        "report.md": report.to_markdown(title, about, warnings, sections, foot),
-        "report.html": report.to_html(title, about, warnings, sections, foot, drawn),
+        "report.md": pages.to_markdown(title, about, warnings, sections, foot),
+        "report.html": pages.to_html(title, about, warnings, sections, foot, drawn),
     }
     return Results(head, list(records), data, drawn, texts, sections)
 

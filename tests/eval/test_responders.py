@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 
 import pytest
 import torch
@@ -20,8 +21,6 @@ from memlayers.tasks.words import NOISE_SENTENCES
 
 KNOWS, NOTHING, STALE = RESPONDERS = ("knows", "nothing", "stale")
 MEMORY = "memory_only"
-TOLD: set[str] = set()
-"""Experiments whose responders were told apart; `test_every_experiment` looks at it last."""
 
 
 def texts_of(responder: str, samples) -> list[str]:
@@ -80,7 +79,6 @@ def test_recall(wrapped, tokenizer, scripted, task, responder):
     stale = results.cell(condition=MEMORY, length=128, metric="stale")["value"]
     assert right == 1 if responder == KNOWS else right < 0.4  # the next history can end on the same object
     assert stale > 0.6 if responder == STALE else stale == 0
-    TOLD.add("recall")
 
 
 @pytest.mark.parametrize("responder", RESPONDERS)
@@ -104,7 +102,6 @@ def test_facts(wrapped, tokenizer, monkeypatch, responder):
     )
     assert right == 1 if responder == KNOWS else right < 0.2
     assert shuffled > 0.8 if responder == STALE else shuffled < 0.2
-    TOLD.add("facts")
 
 
 @pytest.mark.parametrize("responder", RESPONDERS)
@@ -128,7 +125,6 @@ def test_pairs(wrapped, tokenizer, monkeypatch, responder):
     right, stale = (results.cell(n_pairs=4, metric=name)["value"] for name in ("accuracy", "stale"))
     assert right == 1 if responder == KNOWS else right < 0.1
     assert stale > 0.9 if responder == STALE else stale < 0.1
-    TOLD.add("pairs")
 
 
 class Scripted(LlamaForCausalLM):
@@ -158,7 +154,6 @@ def test_perplexity(tiny_llama, tokenizer, prose, responder):
     assert {KNOWS: found < 1.01, NOTHING: found == pytest.approx(vocabulary), STALE: found > 10 * vocabulary}[
         responder
     ]
-    TOLD.add("perplexity")
 
 
 def sure_of(ids: torch.Tensor, vocabulary: int = 400) -> torch.Tensor:
@@ -202,7 +197,6 @@ def test_bits(base, monkeypatch, responder):
     )
     assert {KNOWS: own == 24 > 4 > other, NOTHING: own == other == 0, STALE: own < 4 < other == 24}[responder]
     assert bool(results.report["warnings"]) == (responder == STALE)  # it is sure of a text that it never read
-    TOLD.add("bits")
 
 
 @pytest.mark.parametrize("responder", RESPONDERS)
@@ -223,7 +217,6 @@ def test_capacity(base, monkeypatch, responder):
     other = results.cell(rank=1, arm="other text", metric="tokens right")["value"]
     assert (remembered, other) == {KNOWS: (12, 0), NOTHING: (0, 0), STALE: (0, 12)}[responder]
     assert bool(results.report["warnings"]) == (responder == STALE)
-    TOLD.add("capacity")
 
 
 @pytest.mark.parametrize("responder", RESPONDERS)
@@ -241,7 +234,6 @@ def test_cartridge(base, monkeypatch, responder):
     results = evaluate(config, f"{base}-out", progress=False)
     kept = results.cell(arm="not refined", metric="kept")["value"]
     assert kept == {KNOWS: 1, NOTHING: 0, STALE: -0.5}[responder]
-    TOLD.add("cartridge")
 
 
 @pytest.mark.parametrize("responder", RESPONDERS)
@@ -259,7 +251,6 @@ def test_reversible(base, prose, monkeypatch, responder):
     found = results.cell(compressor="a", metric="tokens that come back")["value"]
     assert found == 1 if responder == KNOWS else found < 0.5
     assert (results.cell(compressor="a", metric="whole segments")["value"] == 1) == (responder == KNOWS)
-    TOLD.add("reversible")
 
 
 @pytest.mark.parametrize("responder", RESPONDERS)
@@ -275,7 +266,6 @@ def test_bank(base, scripted, responder):
     assert (right == 0) == (responder == NOTHING)
     if responder != STALE:  # scripted, the base and another's shard know too: that is a leak
         assert bool(results.report["warnings"]) == (responder == KNOWS)
-    TOLD.add("bank")
 
 
 @pytest.mark.parametrize("responder", RESPONDERS)
@@ -314,7 +304,6 @@ def test_procedures(tmp_path, monkeypatch, responder):
     right, routed = (results.cell(arm="lora", metric=name)["value"] for name in ("accuracy", "routing"))
     assert right == 1 if responder == KNOWS else right < 0.4
     assert routed == 1 if responder == KNOWS else routed < 1
-    TOLD.add("procedures")
 
 
 @pytest.mark.parametrize("responder", RESPONDERS)
@@ -338,17 +327,10 @@ def test_finetuned(base, prose, monkeypatch, responder):
     results = evaluate(finetuned.FinetunedConfig(model=base, **fields), f"{base}-out", progress=False)
     right = results.cell(arm="finetuned", n_statements=1)["value"]
     assert right == 1 if responder == KNOWS else right < 0.5
-    TOLD.add("finetuned")
 
 
-def test_every_experiment_has_its_responders(request):
-    there = {
-        item.originalname.removeprefix("test_")
-        for item in request.session.items
-        if "responder" in item.fixturenames
-    }
-    if request.config.option.keyword == "" and len(request.session.items) > len(EXPERIMENTS) * 3:
-        assert there >= {*EXPERIMENTS}
+def test_every_experiment_has_its_responders():
+    assert {f"test_{name}" for name in EXPERIMENTS} <= globals().keys()
 
 
 class Leaky(LlamaForCausalLM):
@@ -357,8 +339,6 @@ class Leaky(LlamaForCausalLM):
     tokenizer, text = None, ""
 
     def generate(self, ids, **kwargs):
-        import re
-
         found = re.findall(r"key is (\d{5})\.", self.text)
         keys = found[-len(ids) :] if len(found) >= len(ids) else ["unknown"] * len(ids)
         rows = [self.tokenizer.encode(f" {key}.", add_special_tokens=False)[:12] for key in keys]
