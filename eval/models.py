@@ -7,7 +7,7 @@ import copy
 import torch
 
 import memlayers as ml
-from memlayers.checkpoint import CONFIG, folder_of, read_config
+from memlayers.checkpoint import CONFIG, folder_of, place_of, read_config
 from memlayers.errors import first_line
 from memlayers.eval.config import EvalConfig
 from memlayers.eval.plan import NO_MEMORY
@@ -71,7 +71,7 @@ class FromCheckpoint:
     def _original(self) -> str | None:
         recorded = read_config(self.folder)["base"]
         trained = (self.folder / "base").is_dir()
-        return recorded.get("trained_from") if trained else recorded.get("name_or_path")
+        return place_of(self.folder, recorded.get("trained_from" if trained else "name_or_path"))
 
     def _plain(self, name: str):
         return self._place(load_plain(name, self.config.dtype or "auto"))
