@@ -11,7 +11,7 @@ import torch
 from pydantic import Field
 
 import memlayers as ml
-from memlayers.checkpoint import CONFIG, folder_of, read_config
+from memlayers.checkpoint import CONFIG, folder_of, place_of, read_config
 from memlayers.config import ConfigError
 from memlayers.core.model import max_positions
 from memlayers.errors import first_line
@@ -23,8 +23,6 @@ IN_MEMORY = "(in memory)"
 NO_MEMORY = "this model has no memory"
 STAGES = ("trained", "base", "untrained")
 ARMS = ("base", "base_truncated", "memory_disabled", "untrained", "trained")
-STAGE_OF = {"base": "base", "base_truncated": "base", "memory_disabled": "trained"}
-"""Arm -> the model that answers; the others are models themselves."""
 CONTROLS = ("no_needle", "shuffled_memory", "zeroed_memory", "question_only")
 Arm = Literal["base", "base_truncated", "memory_disabled", "untrained", "trained"]
 Control = Literal["no_needle", "shuffled_memory", "zeroed_memory", "question_only"]
@@ -109,7 +107,7 @@ class FromCheckpoint:
     def _original(self) -> str | None:
         recorded = read_config(self.folder)["base"]
         trained = (self.folder / "base").is_dir()
-        return recorded.get("trained_from") if trained else recorded.get("name_or_path")
+        return place_of(self.folder, recorded.get("trained_from" if trained else "name_or_path"))
 
     def _plain(self, name: str):
         return self._place(load_plain(name, self.config.dtype or "auto"))

@@ -17,6 +17,7 @@ from .config import ConfigError, MemoryConfig  # noqa: E402
 from .core.memory import Memory  # noqa: E402
 from .core.model import memories, memory_parameters, window  # noqa: E402
 from .core.state import MemoryCache, MemoryState  # noqa: E402
+from .files import DamagedFile  # noqa: E402
 from .kinds import parse_memory_config  # noqa: E402
 from .lora import (  # noqa: E402
     BankLocked,
@@ -47,6 +48,7 @@ __all__ = [
     "Cartridge",
     "CartridgeConfig",
     "ConfigError",
+    "DamagedFile",
     "LoRABank",
     "LoRABankConfig",
     "LoRAMemories",

@@ -78,7 +78,7 @@ def save_adapters(model: nn.Module, folder: Path) -> tuple[dict[str, Any], dict[
     """
     files = {}
     for name, config in adapters(model).items():
-        place = _place(name)
+        place = folder_of_adapter(name)
         files[f"{place}/{WEIGHTS}"] = write_tensors(
             folder / place / WEIGHTS, _tensors(model, name), {"format": "pt"}
         )
@@ -106,7 +106,7 @@ def load_adapters(
     """
     if "adapters" in config:
         names, active = config["adapters"], config.get("active_adapters", config["adapters"])
-        places = [_place(str(name)) for name in names]
+        places = [folder_of_adapter(str(name)) for name in names]
     else:
         names = active = [OLD_FOLDER] if (folder / OLD_FOLDER).is_dir() else []
         places = [OLD_FOLDER]
@@ -225,7 +225,7 @@ def _layers(model: nn.Module) -> list[nn.Module]:
     return [m for m in model.modules() if isinstance(m, (BaseTunerLayer, AuxiliaryTrainingWrapper))]
 
 
-def _place(name: str) -> str:
+def folder_of_adapter(name: str) -> str:
     """The folder of an adapter, by its name in the checkpoint."""
     return f"{FOLDER}/{quote(name, safe='')}"
 

@@ -16,11 +16,10 @@ import shutil
 import stat
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from accelerate import Accelerator
 
-from memlayers.files import DamagedFile, file_checksum, read_json, sync_folder, telling, write_json
+from memlayers.files import file_checksum, sync_folder, telling, write_json
 
 from .processes import all_or_none, on_main
 
@@ -29,10 +28,6 @@ STEP = re.compile(r"step-(\d{8,})")
 TEMPORARY = re.compile(r"\.tmp-step-\d{8,}-[0-9a-f]{16}")
 ASIDE = re.compile(r"damaged-step-\d{8,}(-\d+)?")
 LEFT_OF_MARK = re.compile(re.escape(f".{MARK}.memlayers-") + r"[0-9a-f]{16}\.tmp")
-
-
-class EarlierFormat(ValueError):
-    """A checkpoint of an earlier version, without checksums; the message says what to do."""
 
 
 # Which folders are ours.
@@ -63,72 +58,19 @@ def is_ours(path: Path) -> bool:
     """Whether a folder, no link to one, has a mark that only a checkpoint of ours has."""
     if not stat.S_ISDIR(os.lstat(path).st_mode):
         return False
-    return any(_is_file(path / name) for name in (MARK, COMPLETE))
+    return any(is_plain_file(path / name) for name in (MARK, COMPLETE))
 
 
 def _named(folder: Path, names: re.Pattern) -> list[Path]:
     return sorted(path for path in folder.iterdir() if names.fullmatch(path.name)) if folder.is_dir() else []
 
 
-def _is_file(path: Path) -> bool:
+def is_plain_file(path: Path) -> bool:
+    """Whether a file stands there that is no link."""
     return path.is_file() and not path.is_symlink()
 
 
-# Whether one is whole.
-
-
-def check_whole(checkpoint: Path) -> None:
-    """Raise unless a checkpoint is as it was written.
-
-    Raises:
-        DamagedFile: a file is missing, cut, changed, or of another checkpoint; names it.
-        EarlierFormat: it has no checksums.
-    """
-    complete = checkpoint / COMPLETE
-    if not _is_file(complete):
-        raise DamagedFile(f"{complete} is missing")
-    if _is_earlier(read_json(complete, verify=False)):
-        raise EarlierFormat(
-            f"{checkpoint} was written by an earlier version of memlayers, without checksums: to go on from it "
-            "unverified use --resume --no-verify (verify=False), else start anew in another output_dir"
-        )
-    data = read_json(complete)
-    if data.get("step") != step_of(checkpoint) or not isinstance(data.get("files"), dict):
-        raise DamagedFile(f"{complete} belongs to step {data.get('step')}")
-    for name, written in data["files"].items():
-        path = checkpoint / name
-        if not _is_file(path):
-            raise DamagedFile(f"{path} is missing")
-        if path.stat().st_size != written["size"]:
-            raise DamagedFile(f"{path} has {path.stat().st_size} bytes, {written['size']} were written")
-        if file_checksum(path) != written["checksum"]:
-            raise DamagedFile(f"{path} is not as it was written: its checksum is another one")
-
-
-def _is_earlier(data: dict[str, Any]) -> bool:
-    """Whether COMPLETE has a size for each file and nothing else, as before there were checksums."""
-    return "state.json" in data and all(type(size) is int for size in data.values())
-
-
-def newest_whole(folder: Path, verify: bool = True) -> tuple[Path | None, list[tuple[Path, DamagedFile]]]:
-    """The newest whole checkpoint, and the damaged ones that are newer, with what is wrong with each.
-
-    Args:
-        verify: False takes the newest that has a `COMPLETE`, unread.
-
-    Raises:
-        EarlierFormat: the newest that is not damaged has no checksums.
-    """
-    damaged = []
-    for checkpoint in reversed(checkpoints_in(folder)):
-        if not verify and _is_file(checkpoint / COMPLETE):
-            return checkpoint, damaged
-        try:
-            check_whole(checkpoint)
-            return checkpoint, damaged
-        except DamagedFile as error:
-            damaged.append((checkpoint, error))
-    return None, damaged
+# Setting aside, writing and removing.
 
 
 def set_aside(checkpoint: Path) -> Path:
@@ -139,9 +81,6 @@ def set_aside(checkpoint: Path) -> Path:
         os.rename(checkpoint, aside)
         sync_folder(checkpoint.parent)
     return aside
-
-
-# Writing and removing.
 
 
 def write_checkpoint(
@@ -217,14 +156,14 @@ def clean(folder: Path) -> None:
     """Remove the temporary folders of ours that killed runs have left."""
     for path in _named(folder, TEMPORARY):
         if stat.S_ISDIR(os.lstat(path).st_mode) and (
-            _is_file(path / MARK) or all(LEFT_OF_MARK.fullmatch(name) for name in os.listdir(path))
+            is_plain_file(path / MARK) or all(LEFT_OF_MARK.fullmatch(name) for name in os.listdir(path))
         ):
             _delete(path)
 
 
 def remove(checkpoint: Path) -> None:
     """Remove a checkpoint of ours in such a way that a kill leaves a temporary folder and none that looks whole."""
-    if not _is_file(checkpoint / MARK):  # of an earlier version
+    if not is_plain_file(checkpoint / MARK):  # of an earlier version
         write_json(checkpoint / MARK, {})
     name = checkpoint.name.removeprefix("damaged-")
     temporary = _temporary(checkpoint.with_name(STEP.match(name)[0]))

@@ -207,7 +207,7 @@ class TrainConfig(Strict):
         checkpoint_every: steps between checkpoints; None: only at the end.
         keep_checkpoints: newest checkpoints kept.
         output_dir: everything the run writes.
-        overwrite: delete what an earlier run left in `output_dir`.
+        overwrite: replace what an earlier run of `memlayers train` left in `output_dir`; final/ stays until the new one is ready.
         trackers: `tensorboard` and the other names accelerate knows.
         num_processes: how many were started; checked, because a launcher can silently start one.
     """

@@ -81,9 +81,7 @@ def save_model(
     beside it. The base is copied where it was trained or has no name to be loaded by."""
     if ml.memories(model):
         save_base = config.train_what == "memory_and_base" or config.model.config is not None
-        ml.save(model, folder, save_base=save_base)
-        if save_base:
-            tokenizer.save_pretrained(folder / "base")
+        ml.save(model, folder, save_base=save_base, tokenizer=tokenizer)
     else:
         if getattr(model, "peft_config", None):
             from peft.tuners.tuners_utils import BaseTunerLayer
@@ -97,7 +95,7 @@ def save_model(
             model.save_pretrained(folder, state_dict=state)
         else:
             model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
 
 
 def _load(section: ModelSection) -> PreTrainedModel:

@@ -30,13 +30,13 @@ from memlayers.version import __version__
 from .checkpoints import (
     checkpoints_in,
     clean,
-    newest_whole,
     remove,
     set_aside,
     set_aside_in,
     strangers_in,
 )
 from .log import CURVE, LOG, TIMING, USAGE, check_log, check_plain
+from .resume import newest_whole
 
 MARK, LOCK = ".memlayers-run.json", ".memlayers-run.lock"
 CHECKPOINTS, FINAL, START = "checkpoints", "final", "start"

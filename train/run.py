@@ -115,7 +115,7 @@ def train(config: TrainConfig, resume: bool = False, verify: bool = True) -> Pat
         start = (lambda folder: write_start(model, tokenizer, folder)) if from_config else None
         checkpoint = on_main(accelerator, lambda: take_output(output, config, accelerator, start))
         if from_config:
-            model.config._name_or_path = str(output.folder / START)
+            model.config._name_or_path = f"../{START}"  # as it lies beside final/
         if config.trackers:
             accelerator.init_trackers("memlayers", config=flat(config.model_dump(mode="json")))
         set_seed(config.seed + accelerator.process_index)  # dropout differs between processes

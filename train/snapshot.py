@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,7 +14,15 @@ import numpy as np
 import torch
 from torch import nn
 
-from memlayers.files import DamagedFile, check_tensors, read_json, read_tensors, write_json, write_tensors
+from memlayers.files import (
+    DamagedFile,
+    check_tensors,
+    read_json,
+    read_tensors,
+    write_json,
+    write_tensors,
+    write_text,
+)
 
 MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
 RANDOM, USAGE = "random-{}", "usage-{}"
@@ -72,7 +81,7 @@ def write_shared(folder: Path, parts: Parts, progress: Progress, config: dict[st
     write_tensors(folder / OPTIMIZER, tensors, METADATA)
     schedules = [schedule.state_dict() for schedule in parts.schedules]
     state = {"progress": asdict(progress), "optimizers": numbers, "config": config, "schedules": schedules}
-    write_json(folder / STATE, state)
+    write_text(folder / STATE, json.dumps(state))  # its checksum is with those of all files, in COMPLETE
 
 
 def read_state(checkpoint: Path, verify: bool = True) -> tuple[Progress, dict[str, Any]]:
@@ -82,7 +91,7 @@ def read_state(checkpoint: Path, verify: bool = True) -> tuple[Progress, dict[st
         DamagedFile: it is not as it was written, or a field is of another type; names the file.
     """
     path = checkpoint / STATE
-    state = read_json(path, verify=verify)
+    state = read_json(path, verify=verify, required=False)
     with _naming(path):
         progress = _progress(state["progress"])
         for name, kind in (("config", dict), ("optimizers", dict), ("schedules", list)):

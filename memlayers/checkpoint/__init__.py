@@ -9,8 +9,8 @@ out/
   tokenizer.json, ...   the tokenizer, where one was given
 """
 
-from .contents import CONFIG, WEIGHTS, read_config
+from .contents import CONFIG, WEIGHTS, place_of, read_config
 from .loading import folder_of, load
 from .saving import save, save_base_model
 
-__all__ = ["CONFIG", "WEIGHTS", "folder_of", "load", "read_config", "save", "save_base_model"]
+__all__ = ["CONFIG", "WEIGHTS", "folder_of", "load", "place_of", "read_config", "save", "save_base_model"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -86,6 +87,20 @@ def has_base(folder: Path, config: dict[str, Any]) -> bool:
     if config["base"].get("name_or_path") != BASE:
         return False
     return f"{BASE}/config.json" in config["files"] if "files" in config else (folder / BASE).is_dir()
+
+
+def name_beside(folder: Path, name: str | None) -> str | None:
+    """How memory_config.json names a base: a folder beside the checkpoint's own as `../NAME`, so that both may be moved
+    together; anything else as it is."""
+    if not name or not Path(name).is_dir() or Path(name).resolve().parent != folder.resolve().parent:
+        return name
+    return f"../{Path(name).resolve().name}"
+
+
+def place_of(folder: Path, name: str | None) -> str | None:
+    """Where the base is that a checkpoint in `folder` names; the reverse of `name_beside`."""
+    beside = name is not None and re.fullmatch(r"\.\./(?!\.\.?$)[^/]+", name)
+    return str(folder.resolve().parent / name[3:]) if beside else name
 
 
 def is_read(name: str) -> bool:

@@ -16,7 +16,7 @@ from ..core.snapshot import Snapshot
 from ..files import check_tensors, read_tensors, reading
 from ..kinds import parse_memory_config
 from ..loading import first_line, load_causal_lm
-from .contents import BASE, CONFIG, WEIGHTS, checking, has_base, read_config, shape_of
+from .contents import BASE, CONFIG, WEIGHTS, checking, has_base, place_of, read_config, shape_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -76,7 +76,7 @@ def _put_together(
     if isinstance(base, PreTrainedModel):
         model = base
     else:
-        named = base or config["base"].get("name_or_path")
+        named = base or place_of(folder, config["base"].get("name_or_path"))
         model = _load_base(folder, folder / BASE if beside else named, dtype)
     _check_shape(folder, config["base"], model)
     before = Snapshot(model)

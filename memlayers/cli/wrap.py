@@ -69,9 +69,7 @@ def wrap(
     model = load_base(base)
     for name, block in wanted.items():
         ml.attach(model, block, name=name)
-    ml.save(model, out, save_base=save_base)
-    if save_base:
-        load_tokenizer(base).save_pretrained(out / "base")
+    ml.save(model, out, save_base=save_base, tokenizer=load_tokenizer(base) if save_base else None)
     console = Console()
     console.print(table(model))
     console.print(f"wrote {out}", soft_wrap=True)

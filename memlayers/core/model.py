@@ -200,7 +200,7 @@ def device_of(model: nn.Module) -> torch.device:
     """Where ids and new modules belong: the device of the input embeddings, or, where accelerate keeps those elsewhere,
     the one that they run on."""
     embeddings = unwrap(model).get_input_embeddings()
-    device = embeddings.weight.device
+    device = next(embeddings.parameters()).device  # its `weight` may be computed by PEFT
     if device.type != "meta":
         return device
     on = getattr(getattr(embeddings, "_hf_hook", None), "execution_device", None)

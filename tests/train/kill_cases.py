@@ -15,8 +15,9 @@ from pathlib import Path
 import torch
 
 from memlayers.files import check_ours, read_json, settle
-from memlayers.train.checkpoints import check_whole, checkpoints_in
+from memlayers.train.checkpoints import checkpoints_in
 from memlayers.train.output import MARK
+from memlayers.train.resume import check_whole
 from memlayers.train.run import train
 from tests.train.remains import assert_equal
 

@@ -8,13 +8,12 @@ from pathlib import Path
 import torch
 from safetensors.torch import load
 
-from memlayers.train.checkpoints import checkpoints_in
+from memlayers.train.resume import complete_checkpoints
 
 
 def remains(out: Path) -> dict[str, object]:
-    """Everything that must be equal: log, newest checkpoint, final model. Configs differ in output_dir, and with them
-    checksums; the order of metadata in safetensors files is not fixed, their tensors are."""
-    newest = checkpoints_in(out / "checkpoints")[-1]
+    """Everything that must be equal: log, newest checkpoint, final model. Configs differ in output_dir; the order of metadata in safetensors files is not fixed, their tensors are."""
+    newest = complete_checkpoints(out / "checkpoints")[-1]
     files = [out / "log.jsonl", *newest.iterdir(), *(p for p in (out / "final").rglob("*") if p.is_file())]
     found = {str(path.relative_to(out)): path.read_bytes() for path in files}
     for name, content in found.items():
@@ -22,8 +21,7 @@ def remains(out: Path) -> dict[str, object]:
             found[name] = {key: plain(tensor) for key, tensor in load(content).items()}
         elif name.endswith(("state.json", "memory_config.json")):
             data = json.loads(content)
-            found[name] = str({**data, "config": None, "checksum": None, "weights": None, "files": None})
-            found[name] = found[name].replace(str(out), "OUT")
+            found[name] = str({**data, "config": None}).replace(str(out), "OUT")
     return {name: content for name, content in found.items() if not name.endswith("COMPLETE")}
 
 

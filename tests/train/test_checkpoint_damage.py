@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from memlayers.files import DamagedFile
-from memlayers.train.checkpoints import EarlierFormat
+from memlayers.train.resume import EarlierFormat
 from memlayers.train.run import train
 from tests.train.remains import remains
 
@@ -183,7 +183,7 @@ def as_earlier_version(out: Path) -> None:
         (checkpoint / MARK).unlink()
         for path in checkpoint.glob("*.json"):
             data = json.loads(path.read_text())
-            del data["checksum"]
+            data.pop("checksum", None)
             data.get("progress", {}).pop("log_checksum", None)
             path.write_text(json.dumps(data))
         for path in checkpoint.glob("*.safetensors"):

@@ -8,8 +8,9 @@ import torch
 from safetensors.torch import load_file
 
 from memlayers.train import run as run_module
-from memlayers.train.checkpoints import check_whole, checkpoints_in
+from memlayers.train.checkpoints import checkpoints_in
 from memlayers.train.finite import FiniteCheck
+from memlayers.train.resume import check_whole
 from memlayers.train.run import TrainingError, train
 from tests.train.faults import nan_at_step_3
 from tests.train.kill_cases import run_ranks

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from memlayers.train import run as run_module
-from memlayers.train.checkpoints import check_whole, checkpoints_in
+from memlayers.train.checkpoints import checkpoints_in
+from memlayers.train.resume import check_whole
 from memlayers.train.run import train
 from tests.train.faults import (
     full_for_process_0,

@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import memlayers as ml
-from memlayers.train.checkpoints import check_whole
 from memlayers.train.log import read_log
+from memlayers.train.resume import check_whole
 from memlayers.train.run import TrainingError, train
 
 ROOT = Path(__file__).resolve().parents[2]
