@@ -48,14 +48,14 @@ def _is_earlier(data: dict[str, Any]) -> bool:
 
 
 def complete_checkpoints(folder: Path) -> list[Path]:
-    """The whole checkpoints, oldest first; raises EarlierFormat as `check_whole`."""
+    """The whole checkpoints, oldest first; those without checksums are not among them."""
     return [checkpoint for checkpoint in checkpoints_in(folder) if _is_whole(checkpoint)]
 
 
 def _is_whole(checkpoint: Path) -> bool:
     try:
         check_whole(checkpoint)
-    except DamagedFile:
+    except (DamagedFile, EarlierFormat):
         return False
     return True
 
