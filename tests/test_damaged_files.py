@@ -179,7 +179,6 @@ def test_states_whose_checksums_fit_and_whose_numbers_do_not(kind, tmp_path):
 def changes_of(tensor: torch.Tensor):
     """What a field could be instead."""
     if tensor.is_floating_point():
-        yield from (torch.full_like(tensor, value) for value in (torch.nan, torch.inf) if tensor.numel())
         yield tensor.long()
     else:
         yield from (torch.full_like(tensor, value) for value in LENGTHS)

@@ -63,6 +63,7 @@ def read_tensors(
     required: bool = True,
     recorded: str | None = None,
     device: torch.device | str | None = None,
+    finite: bool = True,
 ) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """The tensors of a file that `write_tensors` wrote, and its metadata.
 
@@ -71,6 +72,7 @@ def read_tensors(
         required: whether there must be checksums; False takes a file without, as other programs write it.
         recorded: the checksum that another file has of this one, None where none has.
         device: where to copy the tensors; None: they are views of the file, on the CPU.
+        finite: refuse numbers that are not finite though their checksums fit; False leaves that look to the caller.
 
     Raises:
         FileNotFoundError: nothing at `path`.
@@ -95,7 +97,7 @@ def read_tensors(
     if verify and (required or CHECKSUM in metadata):
         sums = _sums(path, tensors, metadata, recorded)
     copies = {} if device is None else {name: torch.empty_like(tensor) for name, tensor in tensors.items()}
-    with looking_at(path, tensors if sums is not None else {}, copies) as found:
+    with looking_at(path, tensors if sums is not None else {}, copies, finite) as found:
         pass
     for name in sums or {}:
         if found[name] != sums[name]:
@@ -130,13 +132,17 @@ def _sums(
 
 @contextmanager
 def looking_at(
-    path: str | Path, tensors: Mapping[str, torch.Tensor], copies: Mapping[str, torch.Tensor] | None = None
+    path: str | Path,
+    tensors: Mapping[str, torch.Tensor],
+    copies: Mapping[str, torch.Tensor] | None = None,
+    finite: bool = True,
 ) -> Iterator[dict[str, str]]:
     """Fill a dictionary with the checksums of tensors, in threads, while the context goes on; it is whole at its end.
 
     Args:
         tensors: contiguous, on the CPU.
         copies: tensors like them by the same names, to be filled with them.
+        finite: look whether the numbers are finite too.
 
     Raises:
         ValueError: a number is not finite; names the file and the tensor.
@@ -144,29 +150,30 @@ def looking_at(
     copies = copies or {}
     sums: dict[str, str] = {}
     with ThreadPoolExecutor(THREADS) as pool:
-        looks = {name: pool.submit(_look, name, tensor, copies.get(name)) for name, tensor in tensors.items()}
+        looks = {name: pool.submit(_look, name, tensor, copies.get(name), finite) for name, tensor in tensors.items()}
         try:
             yield sums
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
         for name, look in looks.items():
-            sums[name], finite = look.result()
-            if not finite:
+            sums[name], is_sound = look.result()
+            if not is_sound:
                 pool.shutdown(cancel_futures=True)
                 raise ValueError(f"{path}: tensor {name!r} holds nan or inf")
 
 
 @torch.no_grad()
-def _look(name: str, tensor: torch.Tensor, copy: torch.Tensor | None = None) -> tuple[str, bool]:
-    """A tensor's checksum and whether it is finite, piece by piece, so that it comes from memory once; and its copy."""
+def _look(name: str, tensor: torch.Tensor, copy: torch.Tensor | None, finite: bool) -> tuple[str, bool]:
+    """A tensor's checksum and, if asked, whether it is finite, piece by piece, so that it comes from memory once; and its
+    copy."""
     digest, extremes = start_of_checksum(name, tensor), []
     pieces = bytes_of(tensor).split(PIECE) if tensor.numel() else ()
     places = pieces if copy is None else bytes_of(copy).split(PIECE)
     for piece, place in zip(pieces, places):
         piece = piece if copy is None else place.copy_(piece)
         digest.update(piece.numpy())
-        extremes += extremes_of(piece.view(tensor.dtype))
+        extremes += extremes_of(piece.view(tensor.dtype)) if finite else []
     return digest.hexdigest(), not extremes or bool(torch.isfinite(torch.stack(extremes)).all())
 
 
