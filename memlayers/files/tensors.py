@@ -150,7 +150,10 @@ def looking_at(
     copies = copies or {}
     sums: dict[str, str] = {}
     with ThreadPoolExecutor(THREADS) as pool:
-        looks = {name: pool.submit(_look, name, tensor, copies.get(name), finite) for name, tensor in tensors.items()}
+        looks = {
+            name: pool.submit(_look, name, tensor, copies.get(name), finite)
+            for name, tensor in tensors.items()
+        }
         try:
             yield sums
         except BaseException:
@@ -164,7 +167,9 @@ def looking_at(
 
 
 @torch.no_grad()
-def _look(name: str, tensor: torch.Tensor, copy: torch.Tensor | None, finite: bool) -> tuple[str, bool]:
+def _look(
+    name: str, tensor: torch.Tensor, copy: torch.Tensor | None = None, finite: bool = True
+) -> tuple[str, bool]:
     """A tensor's checksum and, if asked, whether it is finite, piece by piece, so that it comes from memory once; and its
     copy."""
     digest, extremes = start_of_checksum(name, tensor), []
