@@ -22,7 +22,7 @@ $(STAMP): pyproject.toml constraints.txt
 	this is " + sys.version.split()[0] + ". Name another one: make PYTHON=/path/to/python3.12")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch==2.13.0
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[eval,dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[train,eval,dev]'
 	@touch $(STAMP)
 
 demo: $(STAMP)

@@ -14,6 +14,12 @@ OUTSIDE = {
 NO_MEMORY = ("can't allocate memory", "out of memory")
 """How torch says that there is not enough, on a CPU in an ordinary RuntimeError."""
 
+EXTRAS = {
+    **dict.fromkeys(["datasets", "tensorboard"], "train"),
+    **dict.fromkeys(["pandas", "tabulate", "scipy", "matplotlib", "lm_eval"], "eval"),
+}
+"""Packages that come with an extra of memlayers."""
+
 
 def says_no_memory(error: BaseException) -> bool:
     """Whether Python or torch got no memory for what was asked of it."""
@@ -33,6 +39,8 @@ def paragraph(error: BaseException) -> str:
     told = next((told for kind, told in OUTSIDE.items() if isinstance(error, kind)), None)
     if says_no_memory(error):
         told = OUTSIDE[MemoryError]
+    if isinstance(error, ModuleNotFoundError) and error.name in EXTRAS:
+        return f"{error.name} is not installed: pip install 'memlayers[{EXTRAS[error.name]}]'"
     if told is None and isinstance(error, SafetensorError):
         told = "a safetensors file could not be read or written"
     if told is not None:

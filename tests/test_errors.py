@@ -73,3 +73,9 @@ def test_a_full_disk_is_no_defect(tmp_path, monkeypatch):
     (tmp_path / "m.yaml").write_text("memories: {m: {type: tokens, n_tokens: 2, segment_length: 16}}")
     code, _, err = run("wrap", packaged("demo/base"), "-c", tmp_path / "m.yaml", "-o", tmp_path / "out")
     assert code == 1 and "No space left on device" in err and "defect" not in err
+
+
+@pytest.mark.parametrize(("module", "extra"), [("datasets", "train"), ("scipy", "eval")])
+def test_an_extra_that_is_missing_is_named(module, extra):
+    error = ModuleNotFoundError(f"No module named {module!r}", name=module)
+    assert paragraph(error) == f"{module} is not installed: pip install 'memlayers[{extra}]'"
