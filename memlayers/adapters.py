@@ -18,6 +18,8 @@ from .files import check_tensors, file_checksum, read_tensors, write_tensors, wr
 from .loading import first_line
 
 FOLDER, CONFIG, WEIGHTS = "adapters", "adapter_config.json", "adapter_model.safetensors"
+PREFIX = "base_model.model."
+"""What PEFT puts before the names of modules in its files."""
 OLD_FOLDER = "lora"
 """Where the one adapter of a checkpoint stood that knows nothing of `adapters`; it was loaded under this name."""
 
@@ -172,7 +174,10 @@ def _read(folder: Path, recorded: str | None, verify: bool) -> dict[str, torch.T
     for file in (CONFIG, WEIGHTS):
         if not (folder / file).is_file():
             raise FileNotFoundError(f"{folder / file} is missing; the checkpoint is not whole")
-    return read_tensors(folder / WEIGHTS, verify=verify, recorded=recorded)[0]
+    tensors, _ = read_tensors(folder / WEIGHTS, verify=verify, recorded=recorded)
+    if not any(key.startswith(PREFIX) for key in tensors):  # of an earlier version
+        return {PREFIX + key: tensor for key, tensor in tensors.items()}
+    return tensors
 
 
 def _put_in(model: nn.Module, folder: Path, name: str) -> None:
@@ -195,7 +200,8 @@ def _fill(model: nn.Module, folder: Path, name: str, tensors: dict[str, torch.Te
 
     expected = _tensors(model, name)
     check_tensors(folder / WEIGHTS, expected, tensors, "does not belong to this adapter's config", CONFIG)
-    set_peft_model_state_dict(model, tensors, adapter_name=name)
+    plain = {key.removeprefix(PREFIX): tensor for key, tensor in tensors.items()}
+    set_peft_model_state_dict(model, plain, adapter_name=name)
 
 
 def _activate(model: nn.Module, active: list[str]) -> None:
@@ -208,11 +214,12 @@ def _activate(model: nn.Module, active: list[str]) -> None:
 
 
 def _tensors(model: nn.Module, name: str) -> dict[str, torch.Tensor]:
-    """An adapter's tensors. PEFT takes those for its own too that are called as its are, in a memory."""
+    """An adapter's tensors, by their names in a file. PEFT takes those for its own too that are called as its are, in a memory."""
     from peft import get_peft_model_state_dict
 
     state = {n: t for n, t in model.state_dict().items() if not n.startswith(f"{ROOT}.")}
-    return get_peft_model_state_dict(model, state, adapter_name=name, save_embedding_layers=False)
+    own = get_peft_model_state_dict(model, state, adapter_name=name, save_embedding_layers=False)
+    return {PREFIX + key: tensor for key, tensor in own.items()}
 
 
 def _layers(model: nn.Module) -> list[nn.Module]:

@@ -1,12 +1,15 @@
 """Adapters of PEFT and memory in one checkpoint: what is saved comes back, or is refused with a reason."""
 
+import copy
 import json
+import warnings
 
 import pytest
 import torch
 from matrix import TEXT, llama, near, says, tokens, wrap
 from peft import (
     LoraConfig,
+    PeftModel,
     PrefixTuningConfig,
     PromptEncoderConfig,
     PromptTuningConfig,
@@ -142,10 +145,7 @@ def test_files_of_adapters_that_are_wrong(tmp_path):
     model = both(SOME[0], "lora", "peft_first")
     ml.save(model, tmp_path)
     weights, config = tmp_path / "adapters/default/adapter_model.safetensors", tmp_path / "memory_config.json"
-    assert (
-        load_file(weights).keys()
-        == get_peft_model_state_dict(model.get_base_model(), save_embedding_layers=False).keys()
-    )
+    assert load_file(weights).keys() == get_peft_model_state_dict(model, save_embedding_layers=False).keys()
     whole, written = load_file(weights), config.read_text()
     name = next(iter(whole))
     base = untied()
@@ -188,3 +188,21 @@ def test_files_of_adapters_that_are_wrong(tmp_path):
     ml.save(model, tmp_path)
     with pytest.raises(ValueError, match=says("default", "unload")):
         ml.load(tmp_path, base=get_peft_model(untied(), ADAPTERS["lora"]()))
+
+
+def test_an_adapter_is_loaded_by_peft_alone(tmp_path):
+    """What stands in adapters/NAME is a PEFT adapter, all of whose tensors PEFT finds."""
+    base = llama().base()
+    model = get_peft_model(copy.deepcopy(base), LoraConfig(r=2, target_modules=["q_proj"]))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.normal_()
+    ml.attach(model, ml.MemoryTokensConfig(n_tokens=2, segment_length=4), name="stream")
+    ml.save(model, tmp_path)
+    ids = tokens(1, 4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)  # PEFT warns of tensors that it misses
+        alone = PeftModel.from_pretrained(base, tmp_path / "adapters" / "default")
+    with ml.disabled(model), torch.no_grad():
+        assert torch.equal(alone(ids).logits, model(ids).logits)
