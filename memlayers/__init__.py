@@ -14,9 +14,10 @@ from .attach import attach, detach, disabled  # noqa: E402
 from .cartridge import Cartridge, CartridgeConfig  # noqa: E402
 from .checkpoint import load, save  # noqa: E402
 from .config import ConfigError, MemoryConfig  # noqa: E402
+from .core.cache import MemoryCache  # noqa: E402
 from .core.memory import Memory  # noqa: E402
 from .core.model import memories, memory_parameters, window  # noqa: E402
-from .core.state import MemoryCache, MemoryState  # noqa: E402
+from .core.state import MemoryState  # noqa: E402
 from .files import DamagedFile  # noqa: E402
 from .kinds import parse_memory_config  # noqa: E402
 from .lora import (  # noqa: E402

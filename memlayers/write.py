@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from tqdm.auto import tqdm
 
+from .core.cache import MemoryCache
 from .core.checks import check_state
 from .core.masks import padding_last, positions_of
 from .core.memory import fresh_state
@@ -21,7 +22,7 @@ from .core.model import (
     unwrap,
     written_by_gradient,
 )
-from .core.state import PENDING, MemoryCache, MemoryState
+from .core.state import PENDING, MemoryState
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

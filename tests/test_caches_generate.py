@@ -7,7 +7,7 @@ from matrix import TEXT, llama, near, says, tokens
 from transformers import DynamicCache
 
 import memlayers as ml
-from memlayers.core.state import MemoryCache
+from memlayers.core.cache import MemoryCache
 
 NEW = 4
 

@@ -15,9 +15,10 @@ import torch
 from torch import nn
 from transformers.cache_utils import Cache
 
+from .cache import MemoryCache
 from .memory import LayerMemory, Memory, StatefulMemory
 from .schedule import Schedule
-from .state import Fields, MemoryCache
+from .state import Fields
 
 
 @dataclass

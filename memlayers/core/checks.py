@@ -9,10 +9,11 @@ import torch
 from torch import nn
 from transformers.cache_utils import Cache
 
+from .cache import MemoryCache
 from .call import Block, Call
 from .memory import Memory, StatefulMemory, check_field, check_range
 from .model import has_position_table, max_positions
-from .state import PENDING, MemoryCache, MemoryState
+from .state import PENDING, MemoryState
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig

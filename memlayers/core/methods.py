@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from . import checks
+from .cache import MemoryCache
 from .call import BLOCK, CALL, Block, Call, holding
 from .follow import follow
 from .hooks import IgnoredKey, LayerHook, MethodOverride, Uncompiled
@@ -19,7 +20,7 @@ from .loop import run
 from .memory import StatefulMemory
 from .model import Memories, decoder_layers, decoder_of, text_config
 from .outputs import with_state
-from .state import MemoryCache, MemoryState
+from .state import MemoryState
 
 EXTRA = (("memory_state", None), ("close_memory", False), ("write_memory", None))
 """Arguments of a forward call beside the model's own, and their defaults; see `ModelForward`."""

@@ -16,10 +16,11 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm.auto import tqdm
 
+from ..core.cache import MemoryCache
 from ..core.hooks import recomputes_reentrant
 from ..core.linear import Linear
 from ..core.model import device_of
-from ..core.state import Fields, MemoryCache, MemoryState
+from ..core.state import Fields, MemoryState
 from .attention import TwiceDifferentiable
 from .config import WriterSection
 from .distill import of_teacher
