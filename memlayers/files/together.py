@@ -19,7 +19,7 @@ from pathlib import Path, PurePosixPath
 
 from .locks import holding_folder
 from .texts import DamagedFile, read_json, write_json
-from .whole import check_place, make_folder, mode_of, sync_folder, sync_tree, telling
+from .whole import OF_DISK, check_place, make_folder, mode_of, sync_folder, sync_tree, telling
 
 DECIDED, JOURNAL, FILES = ".memlayers-new", "journal.json", "files"
 OF_JOURNAL = re.compile(re.escape(f".{JOURNAL}.memlayers-"))
@@ -89,9 +89,19 @@ def settle(folder: str | Path) -> None:
         OSError: the folder cannot be written; names it.
     """
     folder = Path(folder)
-    if os.path.lexists(folder / DECIDED):
+    if not os.path.lexists(folder / DECIDED):
+        return
+    try:
         with holding_folder(folder), telling(folder):
             _settle(folder)
+    except OSError as error:
+        if error.errno not in OF_DISK:
+            raise
+        raise OSError(
+            error.errno,
+            f"{folder} holds a save that was interrupted ({DECIDED}), and cannot be written to bring it to its end "
+            f"({os.strerror(error.errno)}); open it once where it can",
+        ) from error
 
 
 def _name_places(error: BaseException, staging: Path, folder: Path) -> None:

@@ -4,11 +4,12 @@ import errno
 import os
 import resource
 import subprocess
+import sys
 
 import pytest
 import torch
 
-from memlayers.files import read_json, read_tensors, together, write_json, write_tensors, write_text
+from memlayers.files import read_json, read_tensors, settle, together, write_json, write_tensors, write_text
 from tests.killing import contents, run_child
 
 MIB = 2**20
@@ -108,3 +109,19 @@ def test_what_was_written_before_the_limit_can_be_read(tmp_path, write):
 
     assert run_child(limited) == 0
     assert torch.equal(read_tensors(tmp_path / "a")[0]["w"], before["w"])
+
+
+def test_an_interrupted_change_on_a_read_only_disk_is_told(small_disk, monkeypatch):
+    def stop(folder):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys.modules["memlayers.files.together"], "_apply", stop)
+    with pytest.raises(KeyboardInterrupt), together(small_disk) as change:
+        write_json(change.new / "a.json", {"version": 2})
+    monkeypatch.undo()
+    subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
+    with pytest.raises(OSError, match=r"holds a save that was interrupted .*Read-only file system"):
+        settle(small_disk)
+    subprocess.run(["mount", "-o", "remount,rw", small_disk], check=True)
+    settle(small_disk)
+    assert read_json(small_disk / "a.json") == {"version": 2}
