@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -25,6 +26,10 @@ UNKNOWN = "0" * 32
 PIECE = 1 << 19
 """Bytes that stay in a processor's cache between two looks at them."""
 THREADS = min(4, os.cpu_count() or 1)
+FORKED = threading.Event()
+"""Set in a forked process, where torch may refuse to work in a new thread (`Invalid thread pool`)."""
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=FORKED.set)
 
 
 def write_tensors(path: str | Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> str:
@@ -130,6 +135,15 @@ def _sums(
     return sums
 
 
+class _OneByOne(Executor):
+    """Does at once what it is given, in the thread of the caller."""
+
+    def submit(self, function, /, *args, **options) -> Future:
+        done = Future()
+        done.set_result(function(*args, **options))
+        return done
+
+
 @contextmanager
 def looking_at(
     path: str | Path,
@@ -149,7 +163,7 @@ def looking_at(
     """
     copies = copies or {}
     sums: dict[str, str] = {}
-    with ThreadPoolExecutor(THREADS) as pool:
+    with _OneByOne() if FORKED.is_set() else ThreadPoolExecutor(THREADS) as pool:
         looks = {
             name: pool.submit(_look, name, tensor, copies.get(name), finite)
             for name, tensor in tensors.items()

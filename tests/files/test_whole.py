@@ -5,9 +5,10 @@ import socket
 import stat
 
 import pytest
+import torch
 
-from memlayers.files import make_folder, whole, write_text, write_whole
-from tests.killing import contents
+from memlayers.files import make_folder, read_tensors, whole, write_tensors, write_text, write_whole
+from tests.killing import contents, run_child
 
 
 def mode(path) -> int:
@@ -146,3 +147,15 @@ def test_names_and_contents_are_flushed_before_and_after_the_rename(tmp_path, mo
     assert calls[:at][:2] == [str(tmp_path / "one"), str(tmp_path)]
     assert ".a.memlayers-" in calls[at - 1]
     assert calls[at + 1 :] == [str(tmp_path / "one" / "two")]
+
+
+def test_a_forked_process_reads_and_writes_tensors(tmp_path):
+    """Also where its parent has set torch's threads, so that torch works in no new thread of the child."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(before)
+
+    def both():
+        write_tensors(tmp_path / "a", {"w": torch.ones(1000)}, {})
+        read_tensors(tmp_path / "a", device="cpu")
+
+    assert run_child(both) == 0
