@@ -48,7 +48,7 @@ def write_output(
             (change.new / name).write_bytes(data)
         if report is not None:
             write_json(change.new / REPORT, report)
-        new = {path.name: file_checksum(path) for path in sorted(change.new.iterdir())}
+        new = change.checksums()
         before = _written(folder)
         check_ours(folder, new, before)
         write_json(change.new / WRITTEN, {"files": {**before, **new}})

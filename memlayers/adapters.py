@@ -12,14 +12,12 @@ import torch
 from torch import nn
 
 from .config import ConfigError
-from .core.model import ROOT
+from .core.model import PEFT_PREFIX, ROOT
 from .errors import says_no_memory
 from .files import check_tensors, file_checksum, read_tensors, write_tensors, write_text
 from .loading import first_line
 
 FOLDER, CONFIG, WEIGHTS = "adapters", "adapter_config.json", "adapter_model.safetensors"
-PREFIX = "base_model.model."
-"""What PEFT puts before the names of modules in its files."""
 OLD_FOLDER = "lora"
 """Where the one adapter of a checkpoint stood that knows nothing of `adapters`; it was loaded under this name."""
 
@@ -175,8 +173,8 @@ def _read(folder: Path, recorded: str | None, verify: bool) -> dict[str, torch.T
         if not (folder / file).is_file():
             raise FileNotFoundError(f"{folder / file} is missing; the checkpoint is not whole")
     tensors, _ = read_tensors(folder / WEIGHTS, verify=verify, recorded=recorded)
-    if not any(key.startswith(PREFIX) for key in tensors):  # of an earlier version
-        return {PREFIX + key: tensor for key, tensor in tensors.items()}
+    if not any(key.startswith(PEFT_PREFIX) for key in tensors):  # of an earlier version
+        return {PEFT_PREFIX + key: tensor for key, tensor in tensors.items()}
     return tensors
 
 
@@ -200,7 +198,7 @@ def _fill(model: nn.Module, folder: Path, name: str, tensors: dict[str, torch.Te
 
     expected = _tensors(model, name)
     check_tensors(folder / WEIGHTS, expected, tensors, "does not belong to this adapter's config", CONFIG)
-    plain = {key.removeprefix(PREFIX): tensor for key, tensor in tensors.items()}
+    plain = {key.removeprefix(PEFT_PREFIX): tensor for key, tensor in tensors.items()}
     set_peft_model_state_dict(model, plain, adapter_name=name)
 
 
@@ -219,7 +217,7 @@ def _tensors(model: nn.Module, name: str) -> dict[str, torch.Tensor]:
 
     state = {n: t for n, t in model.state_dict().items() if not n.startswith(f"{ROOT}.")}
     own = get_peft_model_state_dict(model, state, adapter_name=name, save_embedding_layers=False)
-    return {PREFIX + key: tensor for key, tensor in own.items()}
+    return {PEFT_PREFIX + key: tensor for key, tensor in own.items()}
 
 
 def _layers(model: nn.Module) -> list[nn.Module]:

@@ -15,6 +15,7 @@ from matrix import llama, says, tokens
 import memlayers as ml
 from memlayers.files import DamagedFile, read_json
 from memlayers.files.together import DECIDED
+from tests.disks import mounted_disk
 from tests.killing import contents, kill_at_random_moments, run_child
 
 THEIRS = {
@@ -79,13 +80,8 @@ def folder(tmp_path):
 @pytest.fixture
 def small_disk(tmp_path):
     """A disk of 600 KB."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=600k", "tmpfs", place], capture_output=True)
-    if mounted.returncode:
-        pytest.skip(f"needs the right to mount a tmpfs: {mounted.stderr.decode().strip()}")
-    yield place
-    unmount(place)
+    with mounted_disk(tmp_path / "disk") as place:
+        yield place
 
 
 # killed

@@ -17,7 +17,6 @@ from memlayers.config import ConfigError
 from memlayers.files import (
     DamagedFile,
     check_ours,
-    file_checksum,
     holding_file,
     make_folder,
     read_json,
@@ -228,11 +227,7 @@ class Output:
         old = self.mark["files"]
         with together(self.folder) as change:
             fill(change.new)
-            new = {
-                name: file_checksum(path)
-                for path in sorted(change.new.rglob("*"))
-                if path.is_file() and path.name != MARK and (name := path.relative_to(change.new).as_posix())
-            }
+            new = {n: checksum for n, checksum in change.checksums().items() if Path(n).name != MARK}
             change.remove = [n for n in old if n.startswith(f"{replaces}/") and n not in new]
             check_ours(self.folder, [*new, *change.remove], old)
             files = {n: checksum for n, checksum in old.items() if n not in change.remove} | new

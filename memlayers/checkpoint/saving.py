@@ -89,7 +89,7 @@ def save(
         older = _older_files(folder, keeps_base)
         if _is_our_card(folder, older):
             write_text(change.new / CARD, _model_card(config, tensors))
-        files = _checksums(change.new, {**known, **of_adapters})
+        files = change.checksums(known={**known, **of_adapters})
         _check_foreign(folder, files, older)
         stay = {n for n in older if _stays(n, save_base, keeps_base, keeps_tokenizer=tokenizer is None)}
         gone = older.keys() - stay - files.keys()
@@ -114,12 +114,6 @@ def save_base_model(model: PreTrainedModel, folder: Path) -> None:
 
 def _is_folder(name: str | None, folder: Path) -> bool:
     return bool(name) and folder.is_dir() and Path(name).resolve() == folder.resolve()
-
-
-def _checksums(new: Path, known: dict[str, str]) -> dict[str, str]:
-    """The checksum of every file under a folder, by its name; those known are taken as they are."""
-    paths = {path.relative_to(new).as_posix(): path for path in sorted(new.rglob("*")) if path.is_file()}
-    return {name: known[name] if name in known else file_checksum(path) for name, path in paths.items()}
 
 
 def _older_files(folder: Path, keeps_base: bool) -> dict[str, str]:

@@ -33,6 +33,8 @@ MLP_LINEARS = (("fc1", "fc2"),)
 """What architectures call an MLP's first and last linear layer where these stand in the layer itself."""
 OF_PEFT = ("base_layer", "original_module")
 """Where PEFT keeps the module that it stands around."""
+PEFT_PREFIX = "base_model.model."
+"""What PEFT puts before the names of modules in its files."""
 CACHE_NAMES = ("past_key_values", "layer_past")
 """What architectures call the cache among the arguments of attention."""
 SUPPORTED = (

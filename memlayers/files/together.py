@@ -12,11 +12,12 @@ import re
 import secrets
 import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
+from .checksums import file_checksum
 from .locks import holding_folder
 from .texts import DamagedFile, read_json, write_json
 from .whole import OF_DISK, check_place, make_folder, mode_of, sync_folder, sync_tree, telling
@@ -38,6 +39,12 @@ class Change:
 
     new: Path
     remove: list[str] = field(default_factory=list)
+
+    def checksums(self, known: Mapping[str, str] | None = None) -> dict[str, str]:
+        """The checksum of each new file by its name; those that are known are not made again."""
+        known, paths = known or {}, sorted(path for path in self.new.rglob("*") if path.is_file())
+        names = {path.relative_to(self.new).as_posix(): path for path in paths}
+        return {n: known[n] if n in known else file_checksum(path) for n, path in names.items()}
 
 
 @contextmanager

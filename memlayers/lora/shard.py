@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load as tensors_from_bytes
 from safetensors.torch import save as bytes_from_tensors
 
-from ..core.model import ROOT, decoder_of, unwrap
+from ..core.model import PEFT_PREFIX, ROOT, decoder_of, unwrap
 from ..core.state import Fields
 from ..files import DamagedFile
 from .bank_config import LoRABankConfig
@@ -41,8 +41,6 @@ if TYPE_CHECKING:
 
     from .patch import LoRAMemories
 
-PEFT_PREFIX = "base_model.model."
-"""What PEFT puts before the names of modules."""
 OF_A_RUN = {
     "_name_or_path",
     "architectures",

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from memlayers.files import read_json, read_tensors, settle, together, write_json, write_tensors, write_text
+from tests.disks import mounted_disk
 from tests.killing import contents, run_child
 
 MIB = 2**20
@@ -18,13 +19,8 @@ MIB = 2**20
 @pytest.fixture
 def small_disk(tmp_path):
     """A disk of 600 KB."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=600k", "tmpfs", place], capture_output=True)
-    if mounted.returncode:
-        pytest.skip(f"needs the right to mount a tmpfs: {mounted.stderr.decode().strip()}")
-    yield place
-    subprocess.run(["umount", place], check=True)
+    with mounted_disk(tmp_path / "disk") as place:
+        yield place
 
 
 def texts(path):

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from memlayers.lora import making
+from tests.disks import mounted_disk
 from tests.killing import kill_at_random_moments, run_child
 from tests.lora.bank_cases import QUESTIONS, TEXTS, files, found_in, learned, shard_files, some, traces
 
@@ -84,13 +85,8 @@ def test_killed_at_random_moments(makes, name):
 @pytest.fixture
 def small_disk(makes):
     """A disk of 600 KB."""
-    folder = makes.folder / "disk"
-    folder.mkdir()
-    options = ["mount", "-t", "tmpfs", "-o", "size=600k", "tmpfs", str(folder)]
-    if os.name != "posix" or os.geteuid() != 0 or subprocess.run(options, capture_output=True).returncode:
-        pytest.skip("only root may mount a small disk")
-    yield folder
-    subprocess.run(["umount", "-l", str(folder)], check=True)
+    with mounted_disk(makes.folder / "disk") as folder:
+        yield folder
 
 
 def fill(folder, free: int) -> None:

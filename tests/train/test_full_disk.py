@@ -2,6 +2,7 @@
 
 import os
 import subprocess
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from memlayers.train import run as run_module
 from memlayers.train.checkpoints import checkpoints_in
 from memlayers.train.resume import check_whole
 from memlayers.train.run import train
+from tests.disks import mounted_disk
 from tests.train.faults import (
     full_for_process_0,
     full_for_process_1,
@@ -23,22 +25,8 @@ from tests.train.remains import assert_equal
 @pytest.fixture
 def small_disk(tmp_path):
     """A function: a folder on a disk of so many KB."""
-    mounted = []
-
-    def make(kilobytes: int) -> Path:
-        place = tmp_path / "disk"
-        place.mkdir()
-        done = subprocess.run(
-            ["mount", "-t", "tmpfs", "-o", f"size={kilobytes}k", "tmpfs", str(place)], capture_output=True
-        )
-        if done.returncode:
-            pytest.skip(f"no disk can be mounted here: {done.stderr.decode().strip()}")
-        mounted.append(place)
-        return place
-
-    yield make
-    for place in mounted:
-        subprocess.run(["umount", "-l", str(place)], check=True)
+    with ExitStack() as stack:
+        yield lambda kilobytes: stack.enter_context(mounted_disk(tmp_path / "disk", kilobytes))
 
 
 def left_over(out: Path) -> list[Path]:
